@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from floral_peft.federated.exact import ExactSum
 from floral_peft.federated.groups import Clustered, ParameterGroups
 from floral_peft.federated.seeding import ClientId
 
@@ -42,6 +44,16 @@ class ClientUpdate:
     deltas: Mapping[str, Tensor]
     train_loss: float
 
+    @cached_property
+    def peaks(self) -> dict[str, float]:
+        """The largest magnitude in each delta, NaN if it holds one. One pass, and one wait for the device."""
+        filled = {name: delta for name, delta in self.deltas.items() if delta.numel()}
+        if not filled:
+            return dict.fromkeys(self.deltas, 0.0)
+        ends = torch.stack([end for delta in filled.values() for end in torch.aminmax(delta)]).tolist()
+        found = {name: max(-low, high) for name, low, high in zip(filled, ends[::2], ends[1::2], strict=True)}
+        return dict.fromkeys(self.deltas, 0.0) | found
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -61,12 +73,13 @@ class Aggregate:
 
 
 def check_update(
-    update: ClientUpdate, round: int, reference: Mapping[str, Tensor], routers: torch.Size | None
+    update: ClientUpdate, client_id: ClientId, round: int, reference: Mapping[str, Tensor], routers: torch.Size | None
 ) -> None:
     """Check an update before any arithmetic.
 
     Args:
         update: The update.
+        client_id: The client from which it came.
         round: The round that is being aggregated.
         reference: The server's public tensors, which say the names and shapes.
         routers: The shape (L, C) that `usage` must have; None where nothing is clustered.
@@ -74,7 +87,9 @@ def check_update(
     Raises:
         UpdateError: Something is wrong with it.
     """
-    who = f"client {update.client_id!r}"
+    who = f"client {client_id!r}"
+    if update.client_id != client_id:
+        raise UpdateError(f"{who}: the update is of client {update.client_id!r}")
     if update.round != round:
         raise UpdateError(f"{who}: the update is for round {update.round}, expected {round}")
     if isinstance(update.num_examples, bool) or not isinstance(update.num_examples, int) or update.num_examples <= 0:
@@ -91,18 +106,13 @@ def check_update(
             raise UpdateError(f"{who}: {name} has shape {found}, expected {tuple(reference[name].shape)}")
         if delta.dtype != reference[name].dtype:
             raise UpdateError(f"{who}: {name} is {delta.dtype}, expected {reference[name].dtype}")
-    _check_finite(who, update.deltas)
+    for name, peak in update.peaks.items():
+        if not math.isfinite(peak * update.num_examples):
+            what = f"{peak:.3g}, too much to be summed" if math.isfinite(peak) else "values that are not finite"
+            raise UpdateError(f"{who}: {name} holds {what}")
     if not math.isfinite(update.train_loss):
         raise UpdateError(f"{who}: train_loss is {update.train_loss}: does any of its examples have a label?")
     _check_usage(who, update, routers)
-
-
-def _check_finite(who: str, deltas: Mapping[str, Tensor]) -> None:
-    # One pass and one wait for the device; only a suspicious sum is looked into.
-    if deltas and not math.isfinite(update_norm(deltas)):
-        for name, delta in deltas.items():
-            if not bool(delta.isfinite().all()):
-                raise UpdateError(f"{who}: {name} holds values that are not finite")
 
 
 def _check_usage(who: str, update: ClientUpdate, routers: torch.Size | None) -> None:
@@ -142,30 +152,35 @@ class WeightedMean:
         u   ← Σ Nᵏ uᵏ / Σ Nᵏ                       (shared; weights p(k))
         a_c ← Σ π̂ᵏ_c Nᵏ aᵏ_c / Σ π̂ᵏ_c Nᵏ           (clustered; weights p(k|c))
 
-    Both are kept as differences from the server's values, summed in float64.
+    Both are kept as differences from the server's values. The sums are exact: the means have the same bits in any
+    order of the clients.
 
     Args:
         reference: The server's public tensors.
         groups: Which of them are shared, which clustered.
+        cohort_size: Most updates that may be added.
     """
 
-    def __init__(self, reference: Mapping[str, Tensor], groups: ParameterGroups) -> None:
+    def __init__(self, reference: Mapping[str, Tensor], groups: ParameterGroups, cohort_size: int) -> None:
         self._groups = groups
-        self._sums = {name: torch.zeros_like(value, dtype=_wide(value)) for name, value in reference.items()}
+        self._sums = {name: ExactSum(value, cohort_size) for name, value in reference.items()}
+        self._scratch = _largest(self._sums.values())
+        self._cohort_size = cohort_size
         self._examples = 0
-        self._usage: Tensor | None = None
+        self._usage: ExactSum | None = None
 
     def add(self, update: ClientUpdate) -> None:
         """Add an update that `check_update` let pass."""
+        most = max(update.num_examples, 0.0 if update.usage is None else float(update.usage.max()))
         for name, delta in update.deltas.items():
+            total = self._sums[name]
             cluster = self._groups.clustered.get(name)
-            if cluster is None:
-                self._sums[name].add_(delta, alpha=update.num_examples)
-            else:
-                self._sums[name].add_(delta * _along(update.usage, cluster, delta, self._sums[name].dtype))
+            weight = update.num_examples if cluster is None else _along(update.usage, cluster, total)
+            total.add(delta, weight, update.peaks[name] * most, self._scratch[total.device])
         self._examples += update.num_examples
         if update.usage is not None:
-            self._usage = update.usage if self._usage is None else self._usage + update.usage
+            self._usage = self._usage or ExactSum(update.usage, self._cohort_size)
+            self._usage.add(update.usage, 1, most)
 
     def result(self) -> Aggregate:
         """The means of what was added. An adaptor without users has a mean of zero: it keeps its value.
@@ -175,30 +190,32 @@ class WeightedMean:
         """
         if self._examples == 0:
             raise ValueError("no update was added: there is nothing to average.")
-        share = None if self._usage is None else self._usage / self._examples
+        usage = None if self._usage is None else self._usage.result()
+        share = None if usage is None else usage / self._examples
+        weight = None if usage is None or share is None else torch.where(share > LEAST_USAGE, usage.reciprocal(), 0.0)
         deltas = {}
         for name, total in self._sums.items():
             cluster = self._groups.clustered.get(name)
-            if cluster is None or self._usage is None or share is None:
-                deltas[name] = total / self._examples
-            else:
-                weight = torch.where(share > LEAST_USAGE, self._usage.reciprocal(), 0.0)
-                deltas[name] = total * _along(weight, cluster, total, total.dtype)
+            scale = 1 / self._examples if cluster is None else _along(weight, cluster, total)
+            deltas[name] = total.result().mul_(scale)
         return Aggregate(deltas, share)
 
 
-def _wide(value: Tensor) -> torch.dtype:
-    """The dtype of the sums: float64 wherever the device has it."""
-    return torch.float32 if value.device.type == "mps" else torch.float64
+def _largest(sums: Iterable[ExactSum]) -> dict[torch.device, Tensor]:
+    """One scratch tensor per device that holds the largest term of the sums there."""
+    sizes: dict[torch.device, int] = {}
+    for total in sums:
+        sizes[total.device] = max(sizes.get(total.device, 0), total.shape.numel())
+    return {device: torch.empty(size, dtype=torch.float64, device=device) for device, size in sizes.items()}
 
 
-def _along(weights: Tensor | None, cluster: Clustered, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _along(weights: Tensor | None, cluster: Clustered, like: Tensor | ExactSum) -> Tensor:
     """Weights (L, C) of one slot, shaped to scale the slices of a tensor along its axis of length C."""
     if weights is None:
         raise ValueError("a clustered tensor needs the usage of the adaptors.")
-    shape = [1] * tensor.ndim
+    shape = [1] * len(like.shape)
     shape[cluster.axis] = -1
-    return weights[cluster.slot].to(device=tensor.device, dtype=dtype).view(shape)
+    return weights[cluster.slot].to(like.device).view(shape)
 
 
 def keep_unused(
@@ -215,7 +232,7 @@ def keep_unused(
     kept = dict(new)
     if used is not None and not bool(used.all()):
         for name, cluster in groups.clustered.items():
-            kept[name] = torch.where(_along(used, cluster, new[name], torch.bool), new[name], old[name])
+            kept[name] = torch.where(_along(used, cluster, new[name]), new[name], old[name])
     return kept
 
 
@@ -226,4 +243,5 @@ def mean_entropy(usages: list[Tensor]) -> float:
         usages: One (L, C) tensor per client.
     """
     mixtures = torch.stack([usage / usage.sum(dim=-1, keepdim=True) for usage in usages])
-    return float(torch.special.entr(mixtures).sum(dim=-1).mean())
+    entropies = torch.special.entr(mixtures).sum(dim=-1)  # (clients, L)
+    return math.fsum(entropies.flatten().tolist()) / entropies.numel()

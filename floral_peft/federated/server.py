@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,7 @@ class RoundReport:
 
 def run_round(
     state: ServerState,
-    cohort: Iterable[ClientId],
+    cohort: Sequence[ClientId],
     train: Callable[[ClientId, ServerState], tuple[ClientUpdate, PrivateState]],
     keep: Callable[[ClientId, int, PrivateState], None],
     settings: ServerSettings,
@@ -130,15 +131,17 @@ def run_round(
     round = state.round + 1
     began = time.perf_counter()
     training = 0.0
-    mean = WeightedMean(state.tensors, settings.groups)
+    mean = WeightedMean(state.tensors, settings.groups, len(cohort))
     trained: dict[ClientId, tuple[int, float]] = {}
     usages: list[Tensor] = []
     dropped: dict[ClientId, str] = {}
     for client_id in cohort:
         start = time.perf_counter()
         try:
+            if client_id in trained:
+                raise UpdateError(f"client {client_id!r} was counted already: it is in the cohort twice")
             update, private = train(client_id, state)
-            check_update(update, round, state.tensors, settings.routers)
+            check_update(update, client_id, round, state.tensors, settings.routers)
         except UpdateError as error:
             dropped[client_id] = str(error)
             logger.warning("round %d: %s; update dropped", round, error)
@@ -177,7 +180,7 @@ def run_round(
     examples = sum(count for count, _ in trained.values())
     return new, RoundReport(
         round=round,
-        train_loss=sum(count * loss for count, loss in trained.values()) / examples,
+        train_loss=math.fsum(count * loss for count, loss in trained.values()) / examples,
         clients_trained=len(trained),
         clients_dropped=dropped,
         update_norm=update_norm(aggregate.deltas),
@@ -198,9 +201,9 @@ def server_step(state: ServerState, aggregate: Aggregate, settings: ServerSettin
     tensors = {name: value.clone() for name, value in state.tensors.items()}
     names = [*groups.shared, *groups.clustered]
     for name in names:
-        tensors[name].grad = -aggregate.deltas[name].to(tensors[name].dtype)
+        tensors[name].grad = -aggregate.deltas[name].to(tensors[name])
     for name in groups.statistics:
-        tensors[name] += aggregate.deltas[name].to(tensors[name].dtype)
+        tensors[name] += aggregate.deltas[name].to(tensors[name])
     if not names:  # every parameter is private
         return ServerState(state.round + 1, tensors)
     optimizer = settings.build_optimizer([tensors[name] for name in names])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def update(who: str, examples: int, mixture: list[float], u: list[float], a: lis
 
 
 def mean(*updates: ClientUpdate) -> Any:
-    sums = WeightedMean(SERVER, GROUPS)
+    sums = WeightedMean(SERVER, GROUPS, 4)
     for one in updates:
         sums.add(one)
     return sums.result()
@@ -51,10 +52,18 @@ def test_shared_tensors_are_weighted_by_examples_and_adaptors_by_their_users() -
     assert result.usage.tolist() == [[0.25, 0.75]]
 
 
-def test_the_order_of_clients_changes_nothing_here() -> None:
-    clients = [update(str(k), k + 1, [0.25, 0.75], [k, -k], [[k, 1.0], [2.0, k]]) for k in range(3)]
-    forward, backward = mean(*clients), mean(*reversed(clients))
-    assert all(torch.equal(forward.deltas[name], backward.deltas[name]) for name in SERVER)
+def test_the_order_of_clients_changes_nothing() -> None:
+    torch.manual_seed(3)
+    clients = []
+    for k in range(4):
+        share, scale = float(torch.rand(())), 10.0 ** (3 * k - 6)
+        u, a = torch.randn(2) * scale, torch.randn(2, 2) / scale
+        clients.append(update(str(k), 7 * k + 1, [share, 1 - share], u.tolist(), a.tolist()))
+    expected = mean(*clients)
+    for order in permutations(clients):
+        found = mean(*order)
+        assert all(torch.equal(found.deltas[name], expected.deltas[name]) for name in SERVER)
+        assert torch.equal(found.usage, expected.usage)
 
 
 def test_an_adaptor_without_users_has_no_update_and_no_nan() -> None:
@@ -78,7 +87,7 @@ def test_an_unused_adaptor_keeps_its_value_whatever_the_optimiser_did() -> None:
 def test_each_layer_is_weighed_by_its_own_router() -> None:
     groups = replace(GROUPS, clustered={"a": Clustered(axis=1, slot=1)})
     usage = [torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 6.0], [3.0, 3.0]])]
-    sums = WeightedMean(SERVER, groups)
+    sums = WeightedMean(SERVER, groups, 2)
     for examples, used, value in ((2, usage[0], 4.0), (6, usage[1], 8.0)):
         deltas = {"u": torch.zeros(2), "a": torch.full((2, 2), value)}
         sums.add(ClientUpdate("a", 1, examples, used.double(), deltas, 0.0))
@@ -86,7 +95,7 @@ def test_each_layer_is_weighed_by_its_own_router() -> None:
 
 
 def test_many_small_updates_are_summed_without_loss() -> None:
-    sums = WeightedMean({"u": torch.zeros(1)}, replace(GROUPS, clustered={}))
+    sums = WeightedMean({"u": torch.zeros(1)}, replace(GROUPS, clustered={}), 1000)
     for _ in range(1000):
         sums.add(ClientUpdate("a", 1, 1, None, {"u": torch.tensor([0.1])}, 0.0))
     assert sums.result().deltas["u"].item() == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
@@ -94,7 +103,7 @@ def test_many_small_updates_are_summed_without_loss() -> None:
 
 def test_nothing_cannot_be_averaged() -> None:
     with pytest.raises(ValueError, match="nothing to average"):
-        WeightedMean(SERVER, GROUPS).result()
+        WeightedMean(SERVER, GROUPS, 4).result()
 
 
 GOOD = update("hamlet", 4, [0.5, 0.5], [1.0, 1.0], [[1.0, 1.0], [1.0, 1.0]])
@@ -105,6 +114,7 @@ def with_delta(name: str, value: Tensor) -> ClientUpdate:
 
 
 BAD: list[tuple[ClientUpdate, str]] = [
+    (replace(GOOD, client_id="ophelia"), "the update is of client 'ophelia'"),
     (replace(GOOD, round=2), "for round 2, expected 1"),
     (replace(GOOD, num_examples=0), "num_examples is 0"),
     (replace(GOOD, num_examples=-3), "num_examples is -3"),
@@ -128,20 +138,20 @@ BAD: list[tuple[ClientUpdate, str]] = [
 @pytest.mark.parametrize(("bad", "message"), BAD)
 def test_a_bad_update_is_named_before_any_arithmetic(bad: ClientUpdate, message: str) -> None:
     with pytest.raises(UpdateError, match=f"client 'hamlet'.*{message}"):
-        check_update(bad, 1, SERVER, ROUTERS)
+        check_update(bad, "hamlet", 1, SERVER, ROUTERS)
 
 
 def test_a_good_update_passes() -> None:
-    check_update(GOOD, 1, SERVER, ROUTERS)
+    check_update(GOOD, "hamlet", 1, SERVER, ROUTERS)
 
 
 def test_usage_of_a_method_without_clusters_is_refused() -> None:
     with pytest.raises(UpdateError, match="usage is given"):
-        check_update(GOOD, 1, SERVER, None)
+        check_update(GOOD, "hamlet", 1, SERVER, None)
 
 
 def test_huge_but_finite_values_pass() -> None:
-    check_update(with_delta("u", torch.full((2,), 3e38)), 1, SERVER, ROUTERS)
+    check_update(with_delta("u", torch.full((2,), 3e38)), "hamlet", 1, SERVER, ROUTERS)
 
 
 def test_clipping_scales_the_whole_update_to_the_norm() -> None:

@@ -132,6 +132,15 @@ def test_a_bad_client_costs_its_own_update_only(answer: Any, reason: str, caplog
     assert "update dropped" in caplog.text
 
 
+def test_a_client_that_is_in_the_cohort_twice_is_counted_once() -> None:
+    train, keep = (clients := Clients({"a": send("a"), "b": send("b")})).train, clients.keep
+    once, _ = run_round(STATE, ["a", "b"], train, keep, settings())
+    twice, report = run_round(STATE, ["a", "b", "a"], train, keep, settings())
+    assert all(torch.equal(once.tensors[name], twice.tensors[name]) for name in STATE.tensors)
+    assert report.clients_trained == 2
+    assert "counted already" in report.clients_dropped["a"]
+
+
 def test_an_interrupt_is_not_a_bad_client() -> None:
     with pytest.raises(KeyboardInterrupt):
         Clients({"a": KeyboardInterrupt()}).run(settings())
