@@ -10,6 +10,7 @@ is a shared adaptor, its rank-one terms, which everybody uses with weight 1. R i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -70,12 +71,6 @@ class Factors:
         bias = weights.to(self.bias.dtype) @ self.bias
         return self._scaled(bias if self.shared_bias is None else bias + self.shared_bias)
 
-    def weights_of_one(self, mixture: Tensor) -> Tensor | None:
-        """s·π, (C,), where that is all there is: one client and no shared adaptor."""
-        if len(mixture) > 1 or self.shared_a is not None:
-            return None
-        return self._scaled(mixture.view(-1))
-
     def _scaled(self, tensor: Tensor) -> Tensor:
         return tensor if self.scale == 1 else tensor * self.scale
 
@@ -86,17 +81,33 @@ def linear_delta(factors: Factors, weights: Tensor) -> Tensor:
 
 
 def conv_delta(factors: Factors, weights: Tensor) -> Tensor:
-    """The kernel of the two convolutions in a row, (out, in, *kernel), for π of shape (1, C).
+    """The kernel of the two convolutions in a row, (out, in, *kernel), for π of shape (1, C)."""
+    return composed_kernel(factors.first(), factors.scaled_second(weights))
+
+
+def composed_kernel(first: Tensor, second: Tensor) -> Tensor:
+    """The kernel (out, in, *kernel) of a convolution with (R, in, *k₁) followed by one with (out, R, *k₂).
 
     Every axis of the kernel has size 1 in one of the factors, so composing them is an outer product over the axes.
     """
-    first, second = factors.first(), factors.scaled_second(weights)
     axes = first.dim() - 2
-    product = torch.tensordot(second.movedim(1, -1), first, dims=1)
+    product = second.movedim(1, -1).flatten(0, -2) @ first.flatten(1)
+    product = product.view(len(second), *second.shape[2:], *first.shape[1:])
     pairs = [axis for d in range(axes) for axis in (1 + d, 2 + axes + d)]
-    product = product.permute(0, 1 + axes, *pairs)  # from (out, *k2, in, *k1)
     kernel = [a * b for a, b in zip(first.shape[2:], second.shape[2:], strict=True)]
-    return product.reshape(len(second), first.shape[1], *kernel)
+    return product.permute(0, 1 + axes, *pairs).reshape(len(second), first.shape[1], *kernel)
+
+
+def kernel_gradients(gradient: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of `composed_kernel`, in its shape: those of both factors."""
+    axes = first.dim() - 2
+    split = [size for pair in zip(second.shape[2:], first.shape[2:], strict=True) for size in pair]
+    split_axes = [*range(2, 2 + 2 * axes, 2)], [*range(3, 3 + 2 * axes, 2)]  # of k₂ and of k₁
+    matrix = gradient.reshape(*gradient.shape[:2], *split).permute(0, *split_axes[0], 1, *split_axes[1])
+    matrix = matrix.reshape(len(second) * prod(second.shape[2:]), -1)
+    to_first = second.movedim(1, -1).flatten(0, -2).T @ matrix
+    to_second = (matrix @ first.flatten(1).T).view(len(second), *second.shape[2:], len(first))
+    return to_first.view(first.shape), to_second.movedim(-1, 1)
 
 
 def per_example(weights: Tensor, batch: int, layer: str) -> Tensor:

@@ -1,7 +1,8 @@
-"""A Linear layer with its adaptors as one operation, for one client.
+"""A layer with its adaptors as one autograd operation, for one client.
 
 On small layers the time goes into the number of operations, each with its own node in autograd's graph, more than into
-arithmetic. Here base and adaptors are five products forward and at most eight backward, with no node between them.
+arithmetic. On large ones merging is cheap but, as separate operations, keeps a second weight for the backward pass;
+here that weight is made again. So what is saved is what the base layer alone would save, and little more.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
-class FusedLinear(torch.autograd.Function):
-    """`x Wᵀ + b + Σ_c w_c ((x A_cᵀ) B_cᵀ + β_c)`, with w_c = s·π_c.
+Gradients = tuple[Tensor | None, ...]
+
+
+class StackedLinear(torch.autograd.Function):
+    """`x Wᵀ + b + Σ_c w_c ((x A_cᵀ) B_cᵀ + β_c)`, with w_c = s·π_c: the adaptors beside the weight.
 
     Args (of `apply`):
         x: (..., in).
@@ -29,64 +33,123 @@ class FusedLinear(torch.autograd.Function):
     ) -> Tensor:
         """Returns (..., out)."""
         rows = x.flatten(0, -2)
-        hidden, second = _hidden(rows, a), _second(b, w)
-        shift = bias if beta is None else torch.mv(beta.T, w) if bias is None else torch.addmv(bias, beta.T, w)
-        result = rows @ weight.T if shift is None else torch.addmm(shift, rows, weight.T)
-        result.addmm_(hidden, second.T)
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, beta, w, hidden, second)
-        return result.view(*x.shape[:-1], len(weight))
+        hidden = rows.mm(a.flatten(0, 1).T)
+        shift = mixed_shift(bias, beta, w)
+        result = rows.mm(weight.T) if shift is None else torch.addmm(shift, rows, weight.T)
+        result.addmm_(hidden * w.repeat_interleave(a.shape[1]), b.flatten(1).T)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, beta, w, hidden)
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:
         """Each gradient only where it is asked for."""
-        x, weight, a, b, beta, w, hidden, second = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        x, weight, a, b, beta, w, hidden = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_a, of_b, of_beta, of_w = ctx.needs_input_grad
         rows, gradient = x.flatten(0, -2), gradients[0].flatten(0, -2)
+        first, terms = a.flatten(0, 1), w.repeat_interleave(a.shape[1])
         if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no history
-            hidden, second = _hidden(rows, a), _second(b, w)
-        of_x = of_weight = of_a = of_b = of_w = of_shift = None
-        if wanted[2] or wanted[5] or (wanted[6] and beta is not None):
-            of_shift = gradient.sum(0)
-        if wanted[0] or wanted[3]:
-            of_hidden = gradient @ second
-            if wanted[3]:
-                of_a = (of_hidden.T @ rows).view(a.shape)
-            if wanted[0]:
-                of_x = torch.addmm(gradient @ weight, of_hidden, a.flatten(0, 1)).view(x.shape)
-        if wanted[4] or wanted[6]:
-            of_second = (gradient.T @ hidden).view(b.shape)
-            if wanted[4]:
-                of_b = of_second * w.view(1, -1, 1)
-            if wanted[6]:
-                of_w = (of_second * b).sum((0, 2))
-                if beta is not None and of_shift is not None:
-                    of_w = torch.addmv(of_w, beta, of_shift)
-        if wanted[1]:
-            of_weight = gradient.T @ rows
-        of_beta = torch.outer(w, of_shift) if wanted[5] and of_shift is not None else None
-        return of_x, of_weight, of_shift if wanted[2] else None, of_a, of_b, of_beta, of_w
-
-
-def fits(x: Tensor, tensors: list[Tensor | None]) -> bool:
-    """Whether the operation may stand in for the separate ones: gradients wanted, and nothing that looks inside."""
-    return (
-        torch.is_grad_enabled()
-        and x.dim() > 1
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled(x.device.type)
-        and all(
-            tensor is None
-            or (tensor.dtype == x.dtype and tensor.device == x.device and type(tensor) in (Tensor, nn.Parameter))
-            for tensor in tensors
+            hidden = rows.mm(first.T)
+        of_hidden = gradient.mm(b.flatten(1))
+        to_shift, to_beta, to_w = shift_gradients(gradient.sum(0) if of_bias or of_beta or of_w else None, beta, w)
+        if of_w:
+            own = (of_hidden * hidden).sum(0).view(a.shape[:2]).sum(1)
+            to_w = own if to_w is None else own + to_w
+        of_hidden = of_hidden * terms
+        return (
+            gradient.mm(weight).addmm_(of_hidden, first).view(x.shape) if of_x else None,
+            gradient.T.mm(rows) if of_weight else None,
+            to_shift if of_bias else None,
+            of_hidden.T.mm(rows).view(a.shape) if of_a else None,
+            gradient.T.mm(hidden * terms).view(b.shape) if of_b else None,
+            to_beta if of_beta else None,
+            to_w,
         )
-    )
 
 
-def _hidden(rows: Tensor, a: Tensor) -> Tensor:
-    return rows @ a.flatten(0, 1).T
+class MergedLinear(torch.autograd.Function):
+    """`x (W + Σ_c w_c B_c A_c)ᵀ + b + Σ_c w_c β_c`: the adaptors in the weight. Arguments as of `StackedLinear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, beta: Tensor | None, w: Tensor
+    ) -> Tensor:
+        """Returns (..., out)."""
+        ctx.save_for_backward(x, weight, a, b, beta, w)
+        merged = torch.addmm(weight, scaled_second(b, w).flatten(1), a.flatten(0, 1))
+        return nn.functional.linear(x, merged, mixed_shift(bias, beta, w))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:
+        """Each gradient only where it is asked for; those of the factors come from the merged weight's."""
+        x, weight, a, b, beta, w = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_a, of_b, of_beta, of_w = ctx.needs_input_grad
+        rows, gradient = x.flatten(0, -2), gradients[0].flatten(0, -2)
+        first, second = a.flatten(0, 1), scaled_second(b, w).flatten(1)
+        to_x = (gradient @ torch.addmm(weight, second, first)).view(x.shape) if of_x else None
+        to_shift, to_beta, to_w = shift_gradients(gradient.sum(0) if of_bias or of_beta or of_w else None, beta, w)
+        to_weight = gradient.T @ rows if of_weight or of_a or of_b or of_w else None
+        to_a = to_b = None
+        if to_weight is not None:
+            to_a = (second.T @ to_weight).view(a.shape) if of_a else None
+            if of_b or of_w:
+                to_b, to_w = second_gradients((to_weight @ first.T).view(b.shape), b, w, to_w)
+        return (
+            to_x,
+            to_weight if of_weight else None,
+            to_shift if of_bias else None,
+            to_a,
+            to_b if of_b else None,
+            to_beta if of_beta else None,
+            to_w if of_w else None,
+        )
 
 
-def _second(b: Tensor, w: Tensor) -> Tensor:
-    return (b * w.view(1, -1, 1)).flatten(1)
+def fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether such an operation may stand in for separate ones: gradients wanted, and nothing that looks inside."""
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(x.device.type)
+        or type(x) not in _PLAIN
+    ):
+        return False
+    dtype, device = x.dtype, x.device
+    for tensor in others:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.dtype != dtype or tensor.device != device):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+# What the operations share
+
+
+def scaled_second(b: Tensor, w: Tensor) -> Tensor:
+    """w_c B_c, in B's shape (out, C, r, ...)."""
+    return b * w.view(-1, *[1] * (b.dim() - 2))
+
+
+def second_gradients(gradient: Tensor, b: Tensor, w: Tensor, to_w: Tensor | None) -> tuple[Tensor, Tensor]:
+    """From the gradient of `scaled_second`: those of B and of w, the latter added to what is there."""
+    own = (gradient * b).flatten(2).sum((0, 2))
+    return scaled_second(gradient, w), own if to_w is None else own + to_w
+
+
+def mixed_shift(bias: Tensor | None, beta: Tensor | None, w: Tensor) -> Tensor | None:
+    """The mixed bias b + Σ_c w_c β_c, (out,), or None without biases."""
+    if beta is None:
+        return bias
+    return torch.mv(beta.T, w) if bias is None else torch.addmv(bias, beta.T, w)
+
+
+def shift_gradients(
+    gradient: Tensor | None, beta: Tensor | None, w: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """From the gradient of `mixed_shift`: those of b, β and w."""
+    if gradient is None or beta is None:
+        return gradient, None, None
+    return gradient, torch.outer(w, gradient), beta @ gradient

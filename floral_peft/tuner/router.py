@@ -47,6 +47,7 @@ class Router(nn.Module):
         self.register_buffer("client", torch.zeros(1, dtype=torch.long), persistent=False)
         self.selection = Selection(self.client)
         self.recomputation = Recomputation[Selection]()
+        self._several = False
         self._pass: dict[str, Tensor] | None = None  # what a forward pass has computed so far
 
     # The table
@@ -67,6 +68,7 @@ class Router(nn.Module):
         # a client must be in all tables but those of one row, which serve everybody
         tables = [name for name in self.active_adapters if len(self.logits[name]) > 1] or self.active_adapters
         self.narrowest = min(tables, key=lambda name: len(self.logits[name]), default="")
+        self._several = any(len(table) > 1 for table in self.logits.values())
         if self.narrowest and int(self.client.max()) >= len(self.logits[self.narrowest]):
             self.select(self.client.new_zeros(1))
 
@@ -176,9 +178,9 @@ class Router(nn.Module):
         self.recomputation.checkpointed = False
         client = self.client if rows is None else rows
         noise = {}
-        for name in self.active_adapters:
-            table = self.logits[name]
-            if self.training and self.settings[name].noise > 0:
+        for name in self.active_adapters if self.training else ():
+            if self.settings[name].noise > 0:
+                table = self.logits[name]
                 shape = (len(client) if len(table) > 1 else 1, *table.shape[1:])
                 noise[name] = torch.rand(shape, device=table.device, dtype=table.dtype) * self.settings[name].noise
         if rows is not None or noise or self.selection.client is not self.client or self.selection.noise:
@@ -190,7 +192,7 @@ class Router(nn.Module):
         if torch.compiler.is_compiling():
             self.selection = Selection(self.client)
             return
-        if self.selection.noise or any(len(table) > 1 for table in self.logits.values()):
+        if self._several or self.selection.noise:
             self.recomputation.remember(output, self.selection)  # else every pass has the same state
         if self.selection.client is not self.client or self.selection.noise:
             self.selection = Selection(self.client)
@@ -241,7 +243,8 @@ class Router(nn.Module):
         """(n, L, C) of all layers' routers, in float32 at least."""
         settings = self.settings[adapter_name]
         logits = self.logits[adapter_name]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
         if len(logits) > 1:
             logits = logits.index_select(0, selection.client)
         noise = selection.noise.get(adapter_name)

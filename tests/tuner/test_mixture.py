@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from floral_peft import FloralConfig
-from floral_peft.tuner.fused import FusedLinear
+from floral_peft.tuner.fused import MergedLinear, StackedLinear
+from floral_peft.tuner.fused_conv import FusedConv, Stage
 
 from .models import get_peft_model
 from .reference import mixed_layer, randomize, relative_error
@@ -305,16 +306,68 @@ def test_several_active_adapters_add_up() -> None:
     torch.testing.assert_close(model(x), base + alone[0] + alone[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("operation", [StackedLinear, MergedLinear])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapt_bias", [True, False])
-def test_the_fused_layer_has_the_right_derivatives_the_second_too(bias: bool, adapt_bias: bool) -> None:
+def test_a_fused_linear_layer_has_the_right_derivatives_the_second_too(
+    operation: Any, bias: bool, adapt_bias: bool
+) -> None:
     torch.manual_seed(0)
     x, weight, shift = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5) if bias else None
     a, b, beta = torch.randn(2, 3, 4), torch.randn(5, 2, 3), torch.randn(2, 5) if adapt_bias else None
     tensors = (x, weight, shift, a, b, beta, torch.rand(2))
     inputs: Any = [t if t is None else t.double().requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(FusedLinear.apply, inputs)
-    assert torch.autograd.gradgradcheck(FusedLinear.apply, inputs)
+    assert torch.autograd.gradcheck(operation.apply, inputs)
+    assert torch.autograd.gradgradcheck(operation.apply, inputs)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["through the kernel's gradient", "through small convolutions"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fused_convolution_has_the_right_derivatives_the_second_too(trained: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 5, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=bias)
+    a, b, beta = torch.randn(2, 1, 6, 1, 2), torch.randn(5, 2, 1, 3, 1), torch.randn(2, 5) if bias else None
+    assert layer.weight.numel() > 2 * (a.numel() + b.numel())  # else a frozen base takes the kernel's gradient too
+    stages = (
+        Stage([2, 1], [1, 2], [1, 2]),
+        Stage([1, 1], [0, 2], [1, 2]),
+        Stage([2, 1], [1, 0], [1, 1]),
+    )
+    tensors = (torch.randn(1, 6, 4, 3), layer.weight.detach(), layer.bias, a, b, beta, torch.rand(2))
+    inputs: Any = [
+        t if t is None else t.detach().double().requires_grad_(i != 1 or trained) for i, t in enumerate(tensors)
+    ]
+
+    def convolve(*given: Any) -> Tensor:
+        return FusedConv.apply(*given, stages)
+
+    assert torch.autograd.gradcheck(convolve, inputs)
+    assert torch.autograd.gradgradcheck(convolve, inputs)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("split", ["out", "in", "linear", "balanced", "balanced_2d"])
+@pytest.mark.parametrize(
+    ("kind", "kernel", "stride"), [(nn.Conv1d, 3, 2), (nn.Conv2d, (3, 5), (1, 2)), (nn.Conv3d, (3, 1, 2), 1)]
+)
+def test_fused_and_separate_convolutions_have_one_gradient(
+    kind: Any, kernel: Any, stride: Any, split: str, trained: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = kind(16, 12, kernel, stride=stride, padding=2, dilation=2)
+    x = torch.randn(2, 16, *[9] * len(layer.kernel_size), dtype=torch.float64)
+    gradients = []
+    for compute in ("stacked", "auto"):
+        model = adapt(copy.deepcopy(layer), r=1, conv_split=split, compute=compute, train_base=trained).double()
+        given = x.clone().requires_grad_()
+        with model.client(2):
+            output = model(given)
+        assert (type(output.grad_fn).__name__ == "FusedConvBackward") == (compute == "auto")
+        output.square().sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        gradients.append([output.detach(), given.grad, *(found[name] for name in sorted(found))])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_frozen_parts_get_no_gradient() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -69,8 +70,8 @@ class FloralLayer(nn.Module, BaseTunerLayer):
     def stacked(self, x: Tensor, result: Tensor, adapter_name: str, mixture: Tensor) -> Tensor:
         """The base layer's result with the adaptors' added, for mixtures π of shape (n, C)."""
 
-    def together(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
-        """The stacked path and the base's forward as one operation, where the kind of layer has one that fits."""
+    def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
+        """Base and adaptors as one operation, for π of shape (1, C), where the kind of layer has one that fits."""
         return None
 
     @abstractmethod
@@ -119,12 +120,12 @@ class FloralLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         mixtures = [self.router.mixture(name, self.slot[name]) for name in names]
         if not args and not kwargs and self._may_run_base(mixtures):
+            result = self.fused(x, names[0], mixtures[0]) if len(names) == 1 else None
+            if result is not None:
+                return result
             parameters = self._merged_parameters(x, names, mixtures)
             if parameters is not None:
                 return self.run(x, parameters)
-            together = self.together(x, names[0], mixtures[0]) if len(names) == 1 else None
-            if together is not None:
-                return together
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name, mixture in zip(names, mixtures, strict=True):
@@ -134,31 +135,47 @@ class FloralLayer(nn.Module, BaseTunerLayer):
     def _may_run_base(self, mixtures: list[Tensor]) -> bool:
         """Whether the base's forward may be done here: one client, and a plain layer of a known kind."""
         base: Any = self.base_layer
-        return (
-            all(len(mixture) == 1 for mixture in mixtures)
-            and type(base) in self.exact_types
-            and not base._forward_hooks
-            and not base._forward_pre_hooks  # these would be passed by, and may be what shards or offloads the layer
-            and all(map(_is_plain, self._base_parameters().values()))
-        )
+        if type(base) not in self.exact_types or base._forward_hooks or base._forward_pre_hooks:
+            return False  # hooks would be passed by, and may be what shards or offloads the layer
+        for mixture in mixtures:
+            if len(mixture) != 1:
+                return False
+        for name, parameter in base._parameters.items():
+            # by getattr: FSDP hides parameters behind attributes while it runs
+            if parameter is not None and not _is_plain(getattr(base, name)):
+                return False
+        return True
 
     def _merged_parameters(self, x: Tensor, names: list[str], mixtures: list[Tensor]) -> dict[str, Tensor] | None:
         """The base's parameters with all mixtures added, or None where the stacked path is cheaper, or asked for."""
-        if any(self.compute[name] == "stacked" for name in names):
-            return None
 
         def make() -> dict[str, Tensor]:
             return self._add_mixtures(names, mixtures)
 
-        costs = [self.costs(x, name) for name in names]
-        stacked, merged = sum(cost for cost, _ in costs), sum(cost for _, cost in costs)
-        forced = any(self.compute[name] == "merged" for name in names)
         if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             sources = self._sources(names)
             if self._cache.can_watch(sources):
+                if any(self.compute[name] == "stacked" for name in names):
+                    return None
                 settings = tuple((name, self.scaling[name], *self.router.settings[name].shape_of_pi) for name in names)
+                forced = any(self.compute[name] == "merged" for name in names)
+                stacked, merged = self._sum_of_costs(x, names)
                 return self._cache.get(sources, settings, stacked, 0 if forced else merged, make)
-        return make() if forced or merged < stacked else None
+        return make() if self.merges(x, *names) else None
+
+    def merges(self, x: Tensor, *names: str) -> bool:
+        """Whether a call merges: as these adapters' configs ask, and if all leave it open, where it is cheaper."""
+        asked = [self.compute[name] for name in names]
+        if "stacked" in asked or "merged" in asked:
+            return "stacked" not in asked
+        stacked, merged = self._sum_of_costs(x, names)
+        return merged < stacked
+
+    def _sum_of_costs(self, x: Tensor, names: Sequence[str]) -> tuple[float, float]:
+        if len(names) == 1:
+            return self.costs(x, names[0])
+        costs = [self.costs(x, name) for name in names]
+        return sum(cost for cost, _ in costs), sum(cost for _, cost in costs)
 
     def _base_parameters(self) -> dict[str, Tensor]:
         base = self.get_base_layer()  # by getattr: FSDP hides parameters behind attributes while it runs
@@ -254,6 +271,4 @@ class FloralLayer(nn.Module, BaseTunerLayer):
 
 def _is_plain(parameter: Tensor) -> bool:
     """Neither quantised nor sharded nor offloaded: what is read off it is the weight."""
-    return (
-        type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point() and parameter.device.type != "meta"
-    )
+    return type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point() and not parameter.is_meta

@@ -13,6 +13,8 @@ from typing_extensions import override
 
 from floral_peft.tuner.compute import Factors, conv_delta, per_example
 from floral_peft.tuner.config import FloralConfig
+from floral_peft.tuner.fused import fits
+from floral_peft.tuner.fused_conv import FusedConv, Stage
 from floral_peft.tuner.layers.factored import FactoredLayer, Geometry
 from floral_peft.tuner.rank import kernel_split
 
@@ -52,7 +54,7 @@ class ConvLayer(FactoredLayer):
 
     @override
     def costs(self, x: Tensor, adapter_name: str) -> tuple[float, float]:
-        """Per position of the image, as measured.
+        """Per position of the image, as measured, where `fused` does not fit.
 
         Merging pays: the small convolutions move as many activations as the base's. But merged, a frozen base needs
         the gradient of its weight; that is worth it from about C·r = 32 on (3×3, 64 to 128 channels), where the
@@ -107,6 +109,30 @@ class Conv(ConvLayer):
     def channels(self) -> tuple[int, int]:
         base = self.get_base_layer()
         return base.in_channels // base.groups, base.out_channels
+
+    @override
+    def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
+        base = self.get_base_layer()
+        if base.groups > 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
+            return None
+        inputs = self.fused_inputs(adapter_name, mixture, x.dtype)
+        if (
+            inputs is None
+            or self.compute[adapter_name] == "stacked"
+            or x.dim() != inputs[0].dim()
+            or not fits(x, *inputs)
+        ):
+            return None
+        goes_first = [size == 1 for size in self.floral_B[adapter_name].shape[3:]]
+        stages = tuple(
+            Stage(
+                self.along_axes(base.stride, axes, 1),
+                self.along_axes(base.padding, axes, 0),
+                self.along_axes(base.dilation, axes, 1),
+            )
+            for axes in ([True] * len(goes_first), goes_first, [not mine for mine in goes_first])
+        )
+        return FusedConv.apply(x, *inputs, stages)
 
     @override
     def first_stage(self, x: Tensor, result: Tensor, first: Tensor, axes: Sequence[bool]) -> Tensor:

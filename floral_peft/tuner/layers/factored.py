@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
@@ -16,6 +16,9 @@ from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.layers.base import FloralLayer
 from floral_peft.tuner.rank import init_factors, rank_of_budget
 from floral_peft.tuner.router import Router
+
+
+FusedInputs = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor]
 
 
 class Geometry(NamedTuple):
@@ -138,6 +141,25 @@ class FactoredLayer(FloralLayer):
             _get(self.floral_shared_B, adapter_name),
             _get(self.floral_shared_bias, adapter_name),
             self.scaling[adapter_name],
+        )
+
+    def fused_inputs(self, adapter_name: str, mixture: Tensor, dtype: torch.dtype) -> FusedInputs | None:
+        """What a fused operation takes after the layer's input: W, b, A, B, β and s·π.
+
+        None where there is a shared adaptor, which the fused operations do not know.
+        """
+        if adapter_name in self.floral_shared_A:
+            return None
+        base: Any = self.base_layer
+        scale = self.scaling[adapter_name]
+        w = mixture.view(-1).to(dtype)
+        return (
+            base.weight,
+            base.bias,
+            self.floral_A[adapter_name],
+            self.floral_B[adapter_name],
+            _get(self.floral_bias, adapter_name),
+            w if scale == 1 else w * scale,
         )
 
     @override

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from floral_peft.tuner.compute import Factors, linear_delta, per_example
 from floral_peft.tuner.config import FloralConfig
-from floral_peft.tuner.fused import FusedLinear, fits
+from floral_peft.tuner.fused import MergedLinear, StackedLinear, fits
 from floral_peft.tuner.layers.factored import FactoredLayer, Geometry
 from floral_peft.tuner.router import Router
 
@@ -33,13 +33,13 @@ class Linear(FactoredLayer):
         return self.in_features * self.out_features
 
     @override
-    def together(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
-        base, factors = self.get_base_layer(), self.factors(adapter_name)
-        weights = factors.weights_of_one(mixture)
-        if type(base) is not nn.Linear or weights is None:
+    def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
+        inputs = self.fused_inputs(adapter_name, mixture, x.dtype)
+        if inputs is None or x.dim() < 2 or not fits(x, *inputs):
             return None
-        inputs = (base.weight, base.bias, factors.a, factors.b, factors.bias, weights.to(x.dtype))
-        return FusedLinear.apply(x, *inputs) if fits(x, [x, *inputs]) else None
+        weight, *others = inputs
+        operation = MergedLinear if self.merges(x, adapter_name) else StackedLinear
+        return operation.apply(x, weight.T if self.fan_in_fan_out else weight, *others)
 
     @override
     def add(self, x: Tensor, result: Tensor, factors: Factors, mixture: Tensor) -> Tensor:
@@ -68,16 +68,16 @@ class Linear(FactoredLayer):
 
     @override
     def costs(self, x: Tensor, adapter_name: str) -> tuple[float, float]:
-        """Of a forward pass, and with gradients also of the two backward products.
+        """Of a forward pass, and with gradients also of the backward one, for which a weight is merged again.
 
         A frozen base has no product for its own weight's gradient; merged, it needs one: the factors' come from it.
         """
-        m, n = self.out_features, self.in_features
-        rows = x.numel() / n
-        terms = self.floral_A[adapter_name].shape[0] * self.r[adapter_name]
-        stacked, merged = rows * terms * (m + n), float(terms * m * n)
+        a = self.floral_A[adapter_name]
+        c, r, n = a.shape
+        m, rows = self.out_features, x.numel() / n
+        stacked, merged = rows * c * r * (m + n), float(c * r * m * n)
         if is_grad_enabled():
-            stacked, merged = 3 * stacked, 3 * merged
+            stacked, merged = 3 * stacked, 4 * merged
             if not self.get_base_layer().weight.requires_grad:
                 merged += rows * m * n
         return stacked, merged
