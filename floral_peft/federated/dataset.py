@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from floral_peft.federated import partition
+from floral_peft.federated.files import digest
 from floral_peft.federated.seeding import ClientId, derive_seed
+from floral_peft.federated.sources import Asked, Dealt, Given, HoldOut, Source
+from floral_peft.federated.views import selected_rows
 
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -34,7 +39,8 @@ class Partitioner(Protocol):
 class FederatedDataset(Mapping[ClientId, DatasetDict]):
     """Client id → the client's splits, "train" and, for evaluation, "test".
 
-    A client's splits are views: row numbers over the dataset's memory-mapped Arrow table, never a copy.
+    A client's splits are views: row numbers over the dataset's memory-mapped Arrow table, never a copy. They are made
+    when they are asked for, so a million clients cost two arrays of row numbers and the list of their ids.
 
     The order of `ids` is that of the rows of a trained model's router table. In `model(**batch, client_ids=...)` a
     list names clients by id, but a tensor holds rows: positions in `ids`, not the ids themselves, even where those are
@@ -78,7 +84,7 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
             if client_id in loaded:
                 raise ValueError(f"client {client_id!r} is given twice; ids must be unique.")
             loaded[client_id] = _as_splits(client_id, splits)
-        self._setup(list(loaded), loaded.__getitem__, clusters)
+        self._setup(list(loaded), Given(list(loaded.values())), clusters)
 
     @classmethod
     def from_column(
@@ -101,14 +107,21 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
             clusters: The true cluster of every client, where it is known.
         """
         splits = {"train": dataset} if isinstance(dataset, Dataset) else dict(_check_splits("dataset", dataset))
-        grouped: dict[str, tuple[Dataset, dict[ClientId, partition.Rows]]] = {}
-        for name, split in splits.items():
+        for split in splits.values():
             if column not in split.column_names:
                 raise ValueError(f"column={column!r} is not in the dataset; its columns: {split.column_names}.")
-            rows = partition.by_value(_column(split, column), column)
-            grouped[name] = (split if column in LABEL_COLUMNS else split.remove_columns(column), rows)
-        ids = list(dict.fromkeys(client_id for _, rows in grouped.values() for client_id in rows))
-        return cls._from_rows(ids, grouped, test_size, seed, clusters)
+        ids, owners = _by_column(list(splits.values()), column)
+        dealt = {
+            name: (
+                split if column in LABEL_COLUMNS else split.remove_columns(column),
+                partition.Assignment.of(owned, len(ids)),
+            )
+            for (name, split), owned in zip(splits.items(), owners, strict=True)
+        }
+        held = _hold_out(test_size, seed)
+        if test_size is not None and "test" in dealt:
+            raise ValueError(f'test_size={test_size} is given, but the dataset has a split "test" already.')
+        return cls._of(ids, Dealt(ids, dealt, held), clusters)
 
     @classmethod
     def from_partition(
@@ -150,7 +163,7 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
         num_clients = _as_int("num_clients", num_clients, least=1)
         min_examples = _as_int("min_examples", min_examples, least=1)
         labels_per_client = _as_int("labels_per_client", labels_per_client, least=1)
-        seed = _as_int("seed", seed, least=0)
+        held = _hold_out(test_size, seed)
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float, np.number)):
             raise TypeError(f"alpha={alpha!r} must be a finite number above 0.")
         if not alpha > 0 or not math.isfinite(alpha):
@@ -160,17 +173,17 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
             raise ValueError(
                 f"num_clients={num_clients}: the dataset's {len(dataset)} examples are too few; {needed} are needed."
             )
-        rng = np.random.default_rng(derive_seed(seed, "partition"))
+        rng = np.random.default_rng(derive_seed(held.seed, "partition"))
         if scheme == "iid":
-            parts = partition.iid(len(dataset), num_clients, rng)
+            dealt = partition.iid(len(dataset), num_clients, rng)
         elif scheme == "dirichlet":
-            parts = partition.dirichlet(_labels(dataset, label_column), num_clients, rng, alpha, min_examples)
+            dealt = partition.dirichlet(_labels(dataset, label_column), num_clients, rng, alpha, min_examples)
         elif scheme == "labels":
-            parts = partition.by_labels(_labels(dataset, label_column), num_clients, rng, labels_per_client)
+            dealt = partition.by_labels(_labels(dataset, label_column), num_clients, rng, labels_per_client)
         else:
             raise ValueError(f'scheme={scheme!r} must be "iid", "dirichlet" or "labels".')
-        rows: dict[ClientId, partition.Rows] = dict(enumerate(parts))
-        return cls._from_rows(list(rows), {"train": (dataset, rows)}, test_size, seed, clusters)
+        ids = range(num_clients)
+        return cls._of(ids, Dealt(ids, {"train": (dataset, dealt)}, held), clusters)
 
     @classmethod
     def from_partitioner(
@@ -194,14 +207,12 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
                 raise TypeError(f"partitioner: {type(partitioner).__name__} has no {attribute}.")
         count: Any = partitioner.num_partitions
         num_clients = _as_int("partitioner.num_partitions", count() if callable(count) else count, least=1)
-        seed = _as_int("seed", seed, least=0)
-        _check_test_size(test_size)
+        ids = range(num_clients)
 
-        def load(client_id: ClientId) -> DatasetDict:
-            splits = _as_splits(client_id, partitioner.load_partition(int(client_id)))
-            return _hold_out(splits, client_id, test_size, seed)
+        def ask(position: int) -> DatasetDict:
+            return _as_splits(position, partitioner.load_partition(position))
 
-        return cls._lazy(list(range(num_clients)), load, clusters)
+        return cls._of(ids, Asked(ids, ask, _hold_out(test_size, seed)), clusters)
 
     @property
     def ids(self) -> Sequence[ClientId]:
@@ -213,10 +224,25 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
         """The true cluster of each client, or None where it is not known."""
         return self._clusters
 
+    def num_examples(self, client_id: ClientId, split: str = "train") -> int:
+        """How many examples a client has in a split; 0 without such a split.
+
+        Nothing is loaded for it, but from clients of `from_partitioner`.
+
+        Raises:
+            KeyError: There is no such client.
+        """
+        return self._source.count(self._position(client_id), split)
+
+    def digest(self, with_clusters: bool = False) -> str:
+        """A short digest of the clients' ids, in order, and of their true clusters if asked for."""
+        if with_clusters not in self._digests:
+            clusters = list((self._clusters or {}).items()) if with_clusters else None
+            self._digests[with_clusters] = digest(json.dumps([list(self._ids), clusters]).encode())[:12]
+        return self._digests[with_clusters]
+
     def __getitem__(self, client_id: ClientId) -> DatasetDict:
-        if client_id not in self._known:
-            raise KeyError(f"no client {client_id!r} among the {len(self)} clients {_some(self._ids)}.")
-        return self._load(client_id)
+        return self._source.load(self._position(client_id))
 
     def __iter__(self) -> Iterator[ClientId]:
         return iter(self._ids)
@@ -225,58 +251,44 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
         return len(self._ids)
 
     def __contains__(self, client_id: object) -> bool:
-        return client_id in self._known
+        return self._found(client_id) is not None
 
     def __repr__(self) -> str:
         return f"FederatedDataset({len(self)} clients: {_some(self._ids)})"
 
     @classmethod
-    def _from_rows(
-        cls,
-        ids: list[ClientId],
-        grouped: dict[str, tuple[Dataset, dict[ClientId, partition.Rows]]],
-        test_size: float | int | None,
-        seed: int,
-        clusters: Clusters | None,
-    ) -> FederatedDataset:
-        seed = _as_int("seed", seed, least=0)
-        _check_test_size(test_size)
-        if test_size is not None and "test" in grouped:
-            raise ValueError(f'test_size={test_size} is given, but the dataset has a split "test" already.')
-
-        def load(client_id: ClientId) -> DatasetDict:
-            splits = {name: split.select(rows.get(client_id, [])) for name, (split, rows) in grouped.items()}
-            return _hold_out(DatasetDict(splits), client_id, test_size, seed)
-
-        return cls._lazy(ids, load, clusters)
-
-    @classmethod
-    def _lazy(
-        cls,
-        ids: list[ClientId],
-        load: Callable[[ClientId], DatasetDict],
-        clusters: Clusters | None,
-    ) -> FederatedDataset:
+    def _of(cls, ids: Sequence[ClientId], source: Source, clusters: Clusters | None) -> FederatedDataset:
         self = cls.__new__(cls)
-        self._setup(ids, load, clusters)
+        self._setup(ids, source, clusters)
         return self
 
-    def _setup(
-        self,
-        ids: list[ClientId],
-        load: Callable[[ClientId], DatasetDict],
-        clusters: Clusters | None,
-    ) -> None:
+    def _setup(self, ids: Sequence[ClientId], source: Source, clusters: Clusters | None) -> None:
         if not ids:
             raise ValueError("a FederatedDataset needs at least one client.")
         self._ids = ids
-        self._known = frozenset(ids)
-        # Records and file names write ids as text: 1 and "1" would be one client there.
-        if len(self._known) > len({str(client_id) for client_id in ids}):
-            twice = next(i for i in ids if isinstance(i, int) and str(i) in self._known)
-            raise ValueError(f"client {twice!r} and client {str(twice)!r} read alike; ids must differ as text.")
-        self._load = load
-        self._clusters = _check_clusters(clusters, self._known)
+        self._source = source
+        self._digests: dict[bool, str] = {}
+        self._positions = None if isinstance(ids, range) else {client_id: k for k, client_id in enumerate(ids)}
+        # Records write ids as text: 1 and "1" would be one client there.
+        if self._positions is not None and len({isinstance(client_id, str) for client_id in ids}) == 2:
+            twice = next((i for i in ids if isinstance(i, int) and str(i) in self._positions), None)
+            if twice is not None:
+                raise ValueError(f"client {twice!r} and client {str(twice)!r} read alike; ids must differ as text.")
+        self._clusters = _check_clusters(clusters, self)
+
+    def _position(self, client_id: object) -> int:
+        position = self._found(client_id)
+        if position is None:
+            raise KeyError(f"no client {client_id!r} among the {len(self)} clients {_some(self._ids)}.")
+        return position
+
+    def _found(self, client_id: object) -> int | None:
+        """A client's position in `ids`, or None."""
+        if self._positions is not None:
+            return self._positions.get(client_id)  # type: ignore[call-overload]
+        if isinstance(client_id, (int, np.integer)) and 0 <= client_id < len(self._ids):
+            return int(client_id)
+        return None
 
 
 def _as_pairs(clients: Iterable[Any]) -> Iterator[tuple[ClientId, Any]]:
@@ -325,16 +337,17 @@ def _as_splits(client_id: ClientId, splits: object) -> DatasetDict:
     return found
 
 
-def _check_test_size(test_size: float | int | None) -> None:
-    if test_size is None:
-        return
-    if isinstance(test_size, bool) or not isinstance(test_size, (int, float)):
-        raise TypeError(f"test_size={test_size!r} must be a fraction in (0, 1), a count of at least 1, or None.")
-    if not (0 < test_size < 1 if isinstance(test_size, float) else test_size >= 1):
-        raise ValueError(f"test_size={test_size!r} must be a fraction in (0, 1), a count of at least 1, or None.")
+def _hold_out(test_size: float | int | None, seed: int) -> HoldOut:
+    expected = f"test_size={test_size!r} must be a fraction in (0, 1), a count of at least 1, or None."
+    if test_size is not None:
+        if isinstance(test_size, bool) or not isinstance(test_size, (int, float)):
+            raise TypeError(expected)
+        if not (0 < test_size < 1 if isinstance(test_size, float) else test_size >= 1):
+            raise ValueError(expected)
+    return HoldOut(test_size, _as_int("seed", seed, least=0))
 
 
-def _check_clusters(clusters: Clusters | None, known: frozenset[ClientId]) -> Mapping[ClientId, int] | None:
+def _check_clusters(clusters: Clusters | None, known: Mapping[ClientId, Any]) -> Mapping[ClientId, int] | None:
     if clusters is None:
         return None
     if not isinstance(clusters, Mapping):
@@ -350,30 +363,30 @@ def _check_clusters(clusters: Clusters | None, known: frozenset[ClientId]) -> Ma
     return {_as_id(client_id): int(cluster) for client_id, cluster in clusters.items()}
 
 
-def _hold_out(splits: DatasetDict, client_id: ClientId, test_size: float | int | None, seed: int) -> DatasetDict:
-    """Move the client's own random choice of examples from "train" to "test"; a client of one example keeps it."""
-    held = partition.test_count(len(splits["train"]), test_size)
-    if held == 0:
-        return splits
-    order = np.random.default_rng(derive_seed(seed, "test", client_id)).permutation(len(splits["train"]))
-    train = splits["train"]
-    return DatasetDict(train=train.select(np.sort(order[held:])), test=train.select(np.sort(order[:held])))
-
-
 def _labels(dataset: Dataset, column: str | None) -> np.ndarray:
     found = column or next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
     if found is None or found not in dataset.column_names:
         raise ValueError(f"label_column={found!r} is not in the dataset; its columns: {dataset.column_names}.")
     if not isinstance(dataset.features[found], (Value, ClassLabel)):
         raise TypeError(f"label_column={found!r} must hold one label an example, not {dataset.features[found]!r}.")
-    missing = dataset.data.column(found).null_count
+    values, rows = dataset.data.column(found), selected_rows(dataset)
+    missing = np.count_nonzero(values.is_null().to_numpy()[rows])
     if missing:
         raise ValueError(f"label_column={found!r} lacks the label of {missing} examples.")
-    return _column(dataset, found)
+    return np.asarray(values.to_numpy()[rows])
 
 
-def _column(dataset: Dataset, name: str) -> np.ndarray:
-    return np.asarray(dataset.select_columns(name).with_format("arrow")[:][name].to_numpy(zero_copy_only=False))
+def _by_column(splits: Sequence[Dataset], column: str) -> tuple[list[ClientId], list[np.ndarray]]:
+    """The values of a column in several splits, and in each of them the position of each row's value among these."""
+    columns = [split.data.column(column) for split in splits]
+    kind = columns[0].type
+    if any(other.type != kind for other in columns):
+        raise TypeError(f"column={column!r} must have one type, not {[str(other.type) for other in columns]}.")
+    firsts = np.cumsum([0, *map(len, columns)])
+    rows = [first + selected_rows(split) for first, split in zip(firsts, splits, strict=False)]
+    values = pa.chunked_array([chunk for other in columns for chunk in other.chunks], type=kind)
+    ids, owners = partition.by_value(values, np.concatenate(rows), column)
+    return ids, np.split(owners, np.cumsum([len(split) for split in splits])[:-1])
 
 
 def _some(ids: Sequence[ClientId], most: int = 5) -> str:

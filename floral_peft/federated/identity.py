@@ -49,8 +49,8 @@ Identity = dict[str, Any]
 def identity(args: FederatedArguments, method: str, dataset: FederatedDataset, model: nn.Module) -> Identity:
     """What defines a run, by the names that an error tells. Clients' ids are in it as a digest only."""
     settings = {name: value for name, value in args.to_dict().items() if name not in _FREE}
-    clients = [list(dataset), list((dataset.clusters or {}).items()) if args.optimal_routing else None]
-    found: Identity = {"method": method, **settings, "the clients' ids": _digest(clients)}
+    clients = dataset.digest(with_clusters=args.optimal_routing)
+    found: Identity = {"method": method, **settings, "the clients' ids": clients}
     adapters = getattr(model, "peft_config", None)
     if isinstance(adapters, Mapping):
         for adapter in getattr(model, "active_adapters", adapters):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,26 @@ from floral_peft.tuner import parameter_roles
 
 #: Logit of the adaptors that a one-hot router does not use, at temperature 1: its softmax is 0 exactly.
 _NEVER = -1e4
+
+
+class _Rows:
+    """The rows of a router table that belong to clients.
+
+    Args:
+        names: The clients; a range where rows have no names.
+        table: Their logits, (clients, L, C).
+    """
+
+    def __init__(self, names: Sequence[ClientId], table: Tensor) -> None:
+        self.names = names
+        self.table = table
+        self._row = None if isinstance(names, range) else {name: row for row, name in enumerate(names)}
+
+    def row(self, client_id: ClientId) -> int | None:
+        """A client's row, or None for a client without any."""
+        if self._row is not None:
+            return self._row.get(client_id)
+        return client_id if isinstance(client_id, int) and 0 <= client_id < len(self.names) else None
 
 
 class Routers:
@@ -34,8 +54,14 @@ class Routers:
         self.name = name
         self.shape = self._table().shape[1:]
         self._trains = self._table().requires_grad
-        self._fixed = fixed is not None
-        self._start = {client_id: self._one_hot(client_id, cluster) for client_id, cluster in (fixed or {}).items()}
+        self._fixed = fixed
+        self._start = _Rows(range(0), torch.zeros(0, *self.shape))
+        for client_id, cluster in (fixed or {}).items():
+            if cluster >= self.shape[-1]:
+                raise ValueError(
+                    f"optimal_routing=True: client {client_id!r} is of cluster {cluster}, but the model has only "
+                    f"{self.shape[-1]} adaptors (0..{self.shape[-1] - 1}): give FloralConfig a larger num_adaptors."
+                )
 
     @classmethod
     def of(cls, model: nn.Module, clusters: Mapping[ClientId, int] | None, optimal_routing: bool) -> Routers | None:
@@ -65,12 +91,15 @@ class Routers:
 
         A row belongs to the client of its name or, where rows have no names, of its number.
         """
-        if not self._fixed:
-            self._start = dict(self._own_rows())
+        if self._fixed is None:
+            self._start = self._own_rows()
 
     def initial(self, client_id: ClientId) -> Tensor:
         """The logits of a client that has not trained, (1, L, C): fixed, given with the model, or zero (uniform)."""
-        return self._start[client_id][None] if client_id in self._start else torch.zeros(1, *self.shape)
+        if self._fixed is not None:
+            return self._one_hot([self._fixed[client_id]])
+        row = self._start.row(client_id)
+        return torch.zeros(1, *self.shape) if row is None else self._start.table[row : row + 1].clone()
 
     @contextmanager
     def visited(self) -> Iterator[None]:
@@ -78,8 +107,7 @@ class Routers:
         config, router = self._model.active_peft_config, self._model.router
         table, selected = self._table().detach().clone(), router.client
         count, names = config.num_clients, config.client_names
-        self._model.set_routers(torch.zeros(1, *self.shape))
-        self._table().requires_grad_(self._trains and not self._fixed)
+        self._hold_one()
         try:
             yield
         finally:
@@ -88,41 +116,72 @@ class Routers:
             router.select(selected)
             self._table().requires_grad_(self._trains)
 
-    def install(self, trained: Mapping[ClientId, Tensor]) -> None:
+    def install(self, ids: Sequence[ClientId], trained: Mapping[ClientId, Tensor]) -> None:
         """Give clients their routers in the model's table, beside those of other clients that it holds.
 
+        Its cost is a row of L·C numbers for each client, and for those that have trained the work of a copy. Where
+        clients are 0, 1, ... and the model's rows have no names either, they get none.
+
         Args:
-            trained: The logits of each client, (1, L, C).
+            ids: All clients. Those that have not trained get the router with which they start.
+            trained: The logits of each client that has trained, (1, L, C).
         """
-        held = self._own_rows()
-        rows = {**held, **{client_id: logits[0] for client_id, logits in trained.items()}}
-        numbered = self._model.active_peft_config.client_names is None and rows.keys() == held.keys()
-        table = torch.stack([row.cpu().float() for row in rows.values()])
-        self._model.set_routers(table, None if numbered else list(rows))
+        rows = self._rows(self._own_rows(), ids, trained)
+        self._model.set_routers(rows.table, None if isinstance(rows.names, range) else rows.names)
         self._table().requires_grad_(self._trains)
 
-    def _own_rows(self) -> dict[ClientId, Tensor]:
-        """The rows (L, C) of the model's table that belong to a client. A single router is nobody's."""
-        config, table = self._model.active_peft_config, self._table().detach()
-        names = range(len(table)) if config.client_names is None else config.client_names
-        if config.num_clients is None and config.client_names is None:
-            return {}
-        return {name: row.clone() for name, row in zip(names, table, strict=True)}
+    def mixtures(self, ids: Sequence[ClientId], trained: Mapping[ClientId, Tensor]) -> Tensor:
+        """All clients' mixtures at once, (clients, C): means over layers where each has its own router.
 
-    def mixture(self) -> Tensor:
-        """The mixture of the client at hand, (C,): the mean over layers where each has its own router."""
-        mixture: Tensor = self._model.mixture()
-        return mixture.reshape(-1, mixture.shape[-1]).mean(dim=0)
+        The model must be [`visited`][Routers.visited].
+
+        Args:
+            ids: The clients.
+            trained: As in `install`.
+        """
+        rows = self._rows(self._start, ids, trained)
+        own = torch.arange(len(ids)) if isinstance(rows.names, range) else torch.tensor([rows.row(k) for k in ids])
+        self._model.set_routers(rows.table[own])
+        try:
+            mixtures: Tensor = self._model.mixture(torch.arange(len(ids)))
+        finally:
+            self._hold_one()
+        return mixtures.reshape(len(ids), -1, mixtures.shape[-1]).mean(dim=1).cpu()
+
+    def _rows(self, held: _Rows, ids: Sequence[ClientId], trained: Mapping[ClientId, Tensor]) -> _Rows:
+        """Some rows and, behind them, those of further clients; all clients have their routers."""
+        if isinstance(held.names, range) and isinstance(ids, range):
+            names: Sequence[ClientId] = range(max(len(held.names), len(ids)))
+        else:
+            names = [*held.names, *(client_id for client_id in ids if held.row(client_id) is None)]
+        rows = _Rows(names, torch.zeros(len(names), *self.shape))
+        rows.table[: len(held.names)] = held.table
+        if self._fixed is not None:
+            chosen = torch.tensor([rows.row(client_id) for client_id in ids])
+            rows.table[chosen] = self._one_hot([self._fixed[client_id] for client_id in ids])
+        if trained:
+            chosen = torch.tensor([rows.row(client_id) for client_id in trained])
+            rows.table[chosen] = torch.cat(list(trained.values())).to(rows.table)
+        return rows
+
+    def _own_rows(self) -> _Rows:
+        """The rows of the model's table that belong to a client. A single router is nobody's."""
+        config, table = self._model.active_peft_config, self._table().detach()
+        if config.num_clients is None and config.client_names is None:
+            return _Rows(range(0), torch.zeros(0, *self.shape))
+        names = range(len(table)) if config.client_names is None else list(config.client_names)
+        return _Rows(names, table.to("cpu", torch.float32, copy=True))
+
+    def _hold_one(self) -> None:
+        """Make the model's table a single router."""
+        self._model.set_routers(torch.zeros(1, *self.shape))
+        self._table().requires_grad_(self._trains and self._fixed is None)
 
     def _table(self) -> nn.Parameter:
         return dict(self._model.named_parameters())[self.name]
 
-    def _one_hot(self, client_id: ClientId, cluster: int) -> Tensor:
-        if cluster >= self.shape[-1]:
-            raise ValueError(
-                f"optimal_routing=True: client {client_id!r} is of cluster {cluster}, but the model has only "
-                f"{self.shape[-1]} adaptors (0..{self.shape[-1] - 1}): give FloralConfig a larger num_adaptors."
-            )
-        logits = torch.full(self.shape, _NEVER * self._model.active_peft_config.router_temperature)
-        logits[..., cluster] = 0.0
-        return logits
+    def _one_hot(self, clusters: Sequence[int]) -> Tensor:
+        """Fixed routers, (clients, L, C): their softmax is 1 at the client's cluster."""
+        temperature = self._model.active_peft_config.router_temperature
+        logits = torch.full((len(clusters), *self.shape), _NEVER * temperature)
+        return logits.scatter(-1, torch.tensor(clusters).view(-1, 1, 1).expand(-1, self.shape[0], 1), 0.0)

@@ -170,7 +170,7 @@ class FederatedTrainer:
         resume = find_checkpoint(self.output_dir, wanted) if wanted else None
         if resume is None and not self.args.overwrite_output_dir:
             self._check_output_dir()
-        if self.args.eval_steps is not None and not any(map(_has_test, self.dataset.values())):
+        if self.args.eval_steps is not None and not any(self.dataset.num_examples(k, "test") for k in self.dataset):
             raise ValueError(f"eval_steps={self.args.eval_steps}: {_NO_TEST}")
         server = ServerState.of(self.model, self._groups)
         if resume is not None:
@@ -190,7 +190,7 @@ class FederatedTrainer:
                 reports = self._train_rounds(server)
         finally:
             if self._routers is not None:
-                self._routers.install({k: self._private(k)[self._routers.name] for k in self.dataset})
+                self._routers.install(self.dataset.ids, self._trained_routers(self._routers.name))
             seconds = time.perf_counter() - began
             if self.args.report_to:
                 self.accelerator.end_training()
@@ -246,12 +246,9 @@ class FederatedTrainer:
         """
         if self._routers is None:
             raise ValueError("the model has no FLORAL adaptors, so there are no mixtures.")
-        rows = []
         with self._visit():
-            for client_id in self.dataset:
-                self._visitor.load(self._private(client_id))
-                rows.append(self._routers.mixture().cpu())
-        return list(self.dataset), torch.stack(rows)
+            mixtures = self._routers.mixtures(self.dataset.ids, self._trained_routers(self._routers.name))
+        return list(self.dataset), mixtures
 
     def publish(self, folder: str | Path) -> None:
         """Save what the clients trained together, with no client's router or other private tensor.
@@ -345,6 +342,11 @@ class FederatedTrainer:
         if self._routers is None:
             return self._untrained
         return {**self._untrained, self._routers.name: self._routers.initial(client_id)}
+
+    def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
+        """The routers, (1, L, C), of the clients that have trained."""
+        found = ((client_id, self._store.get(client_id, self._round)) for client_id in self.dataset)
+        return {client_id: state[name] for client_id, state in found if state is not None}
 
     @contextmanager
     def _visit(self) -> Iterator[None]:

@@ -1,0 +1,53 @@
+"""A client's examples as a view: row numbers over a dataset's memory-mapped Arrow table."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from floral_peft.federated.partition import Rows
+
+
+class Viewed:
+    """A dataset of which many selections of rows are taken.
+
+    [`view`][Viewed.view] gives the `datasets.Dataset` that `Dataset.select` gives, with the same features, format and
+    transform, but some fifty times as fast: `select` deep-copies the description of the dataset, infers its features
+    anew, and sends the row numbers through an Arrow writer and a pickling hash, every time.
+
+    Args:
+        dataset: The dataset. If it is itself a selection, rows are numbered within that.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self._rows = None if dataset._indices is None else selected_rows(dataset)
+
+    def view(self, rows: Rows) -> Dataset:
+        """Some rows of the dataset, in this order; nothing is copied.
+
+        Args:
+            rows: Row numbers, int64, shape (examples,).
+        """
+        found = copy.copy(self.dataset)
+        held = rows if self._rows is None else self._rows[rows]
+        if len(held) == 0 or (np.diff(held) == 1).all():  # a run, which is read faster than rows one by one
+            found._indices = None
+            found._data = InMemoryTable(found.data.fast_slice(int(held[0]) if len(held) else 0, len(held)))
+        else:
+            found._indices = InMemoryTable(pa.table({"indices": held.astype(np.uint64)}))
+        # What `map` and `filter` of the view are cached by.
+        name = hashlib.blake2b(held.tobytes(), digest_size=8, key=self.dataset._fingerprint.encode()[:64])
+        found._fingerprint = name.hexdigest()
+        return found
+
+
+def selected_rows(dataset: Dataset) -> Rows:
+    """The rows of its Arrow table that a dataset consists of, in order."""
+    indices = dataset._indices
+    return np.arange(len(dataset)) if indices is None else indices.column(0).to_numpy().astype(np.int64)
