@@ -45,40 +45,60 @@ def precondition_gradients(factors: nn.Module | Iterable[Pair], damping: float =
     batches: dict[tuple[object, ...], list[Pair]] = defaultdict(list)
     for a, b in pairs:
         if a.grad is not None or b.grad is not None:
-            batches[a.shape, b.shape, a.dtype, a.device, a.grad is None, b.grad is None].append((a, b))
+            # of rank one, all that counts of a factor is its norm: shapes do not matter
+            shapes = (1,) if a.shape[1] == 1 else (a.shape, b.shape, a.grad is None, b.grad is None)
+            batches[(a.dtype, a.device, *shapes)].append((a, b))
     for batch in batches.values():
-        _precondition(batch, damping)
+        (_precondition_vectors if batch[0][0].shape[1] == 1 else _precondition_matrices)(batch, damping)
 
 
-def _precondition(pairs: list[Pair], damping: float) -> None:
-    """The same for layers of one shape: matrices below are (layers, C, ...)."""
+def _precondition_vectors(pairs: list[Pair], damping: float) -> None:
+    """Of rank one: every Gram matrix is a number, and those of all layers' adaptors stand in one vector."""
+    counts = [len(a) for a, _ in pairs]
+    dtype = _at_least_float32(pairs[0][0].dtype)
+    gram_a = torch.cat([_norms(a, 0, dtype) for a, _ in pairs]).square_()
+    gram_b = torch.cat([_norms(b, 1, dtype) for _, b in pairs]).square_()
+    epsilon = (gram_a + gram_b).mul_(damping / 2)
+    epsilon += epsilon == 0  # where both factors are zero there is no metric: leave the gradient as it is
+    gradients, divisors = [], []
+    of_a, of_b = gram_b.add_(epsilon).split(counts), gram_a.add_(epsilon).split(counts)
+    for (a, b), for_a, for_b in zip(pairs, of_a, of_b, strict=True):
+        for factor, divisor, axis in ((a, for_a, 0), (b, for_b, 1)):
+            if factor.grad is not None:
+                gradients.append(factor.grad)
+                divisors.append(divisor.view(-1, *[1] * (factor.dim() - 1 - axis)))
+    torch._foreach_div_(gradients, divisors)
+
+
+def _norms(factor: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """The norm of each adaptor's slice, (C,); C lies along `axis`."""
+    return torch.linalg.vector_norm(factor, dim=[d for d in range(factor.dim()) if d != axis], dtype=dtype)
+
+
+def _precondition_matrices(pairs: list[Pair], damping: float) -> None:
+    """Of a higher rank, for layers of one shape: matrices below are (layers, C, ...)."""
     a, b = _stack([a for a, _ in pairs]), _stack([b.movedim(0, 2) for _, b in pairs])
     rank = a.shape[-2]
     gram_a, gram_b = a @ a.mT, b @ b.mT
-    if rank == 1:
-        epsilon = (gram_a + gram_b).mul_(damping / 2)
-    else:
-        traces = (gram_a + gram_b).diagonal(dim1=-2, dim2=-1).sum(-1)
-        epsilon = torch.diag_embed((traces * (damping / (2 * rank))).unsqueeze(-1).expand(*traces.shape, rank))
-    # where both factors are zero there is no metric: leave the gradient as it is
-    epsilon += (epsilon.amax((-2, -1), keepdim=True) == 0) * torch.eye(rank, dtype=a.dtype, device=a.device)
+    mean = (gram_a + gram_b).diagonal(dim1=-2, dim2=-1).sum(-1).mul_(damping / (2 * rank))
+    mean += mean == 0  # as above
+    epsilon = torch.diag_embed(mean.unsqueeze(-1).expand(*mean.shape, rank))
     _solve(gram_b.add_(epsilon), [a.grad for a, _ in pairs if a.grad is not None])
     _solve(gram_a.add_(epsilon), [b.grad.movedim(0, 2) for _, b in pairs if b.grad is not None])
 
 
 def _solve(gram: Tensor, gradients: list[Tensor]) -> None:
     """Replace each layer's gradient G, a view (C, r, ...), by gram⁻¹ G."""
-    if not gradients:
-        return
-    if gram.shape[-1] == 1:
-        for gradient, own in zip(gradients, gram, strict=True):
-            gradient.div_(own.view(-1, *[1] * (gradient.dim() - 1)).to(gradient.dtype))
-        return
-    for gradient, solved in zip(gradients, torch.linalg.solve(gram, _stack(gradients)), strict=True):
-        gradient.copy_(solved.view(gradient.shape))
+    if gradients:
+        for gradient, solved in zip(gradients, torch.linalg.solve(gram, _stack(gradients)), strict=True):
+            gradient.copy_(solved.view(gradient.shape))
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     """Factors (C, r, ...) as matrices (layers, C, r, n), in float32 at least."""
-    rows = [tensor.flatten(2).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    rows = [tensor.flatten(2).to(_at_least_float32(tensor.dtype)) for tensor in tensors]
     return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

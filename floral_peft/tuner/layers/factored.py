@@ -134,8 +134,8 @@ class FactoredLayer(FloralLayer):
     def factors(self, adapter_name: str) -> Factors:
         """The adapter's adaptors."""
         return Factors(
-            self.floral_A[adapter_name],
-            self.floral_B[adapter_name],
+            _held(self.floral_A, adapter_name),
+            _held(self.floral_B, adapter_name),
             _get(self.floral_bias, adapter_name),
             _get(self.floral_shared_A, adapter_name),
             _get(self.floral_shared_B, adapter_name),
@@ -156,8 +156,8 @@ class FactoredLayer(FloralLayer):
         return (
             base.weight,
             base.bias,
-            self.floral_A[adapter_name],
-            self.floral_B[adapter_name],
+            _held(self.floral_A, adapter_name),
+            _held(self.floral_B, adapter_name),
             _get(self.floral_bias, adapter_name),
             w if scale == 1 else w * scale,
         )
@@ -188,5 +188,10 @@ class FactoredLayer(FloralLayer):
         return deltas if bias is None else deltas | {"bias": bias[0]}
 
 
+def _held(parameters: nn.ParameterDict, adapter_name: str) -> Tensor:
+    found = parameters._parameters.get(adapter_name)  # the short way, but FSDP hides parameters behind attributes
+    return parameters[adapter_name] if found is None else found
+
+
 def _get(parameters: nn.ParameterDict, adapter_name: str) -> Tensor | None:
-    return parameters[adapter_name] if adapter_name in parameters else None
+    return _held(parameters, adapter_name) if adapter_name in parameters else None
