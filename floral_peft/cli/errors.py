@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from floral_peft.federated import CheckpointError, StoreError, TooFewClientsError
+from floral_peft.federated import CheckpointError, ProcessError, StoreError, TooFewClientsError
 from floral_peft.nearest import did_you_mean
 
 
@@ -22,7 +22,7 @@ def bad_input() -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (ValueError, TypeError, OSError, CheckpointError, StoreError, TooFewClientsError) as error:
+    except (ValueError, TypeError, OSError, CheckpointError, ProcessError, StoreError, TooFewClientsError) as error:
         raise UsageError(" ".join(str(error).split())) from error
 
 

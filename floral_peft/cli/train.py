@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from floral_peft.cli.errors import bad_input
 from floral_peft.cli.settings import Settings, read_settings
-from floral_peft.federated import FederatedDataset, FederatedTrainer, get_method
+from floral_peft.federated import ClientId, FederatedDataset, FederatedTrainer, get_method
 from floral_peft.federated.checkpoint import checkpoint_rounds
 from floral_peft.reports import clusters_found, common_metric, comparison, plot_curves, plot_mixtures, read_run
 from floral_peft.reports.runs import CLIENTS, RECORDS, SETTINGS, write_lines
@@ -31,26 +31,34 @@ def train(arguments: Sequence[str]) -> None:
             torch.set_num_threads(settings.threads)
         clients = settings.task.clients(settings.federated.seed)
         trainers = {method: build_trainer(settings, method, clients) for method in settings.methods}
-        print(f"{settings.task.name}: {settings.task.summary}.")
+        is_main = trainers[settings.methods[0]].processes.is_main  # the only process that writes and prints
+        if is_main:
+            print(f"{settings.task.name}: {settings.task.summary}.")
         written: dict[str, Path] = {}
+        found: dict[str, float] = {}
         for method, trainer in trainers.items():
-            print(f"\nTraining {method}", flush=True)
+            if is_main:
+                print(f"\nTraining {method}", flush=True)
             trainer.train()
             if not trainer.client_metrics:  # with eval_steps, the last round has been evaluated
                 trainer.evaluate()
-            files = write_run(trainer, settings.to_dict(method, trainer.args))
-            written |= {f"{method} {what}": path for what, path in files.items()}
-
+            mixtures = trainer.mixtures() if has_router(trainer.model) else None
+            if is_main:
+                files = write_run(trainer, settings.to_dict(method, trainer.args), mixtures)
+                written |= {f"{method} {what}": path for what, path in files.items()}
+            index = None if mixtures is None else clusters_found(*mixtures, clients.clusters)
+            if index is not None:
+                found[method] = index
+        if not is_main:
+            return
         runs = [read_run(trainer.output_dir) for trainer in trainers.values()]
         metric = common_metric(runs)
         if settings.federated.eval_steps is not None:
             written[f"{metric} by round"] = Path(settings.federated.output_dir, f"{metric}.png")
             plot_curves(runs, metric).savefig(written[f"{metric} by round"], dpi=DPI)
     print(f"\n{comparison(runs, runs[1] if len(runs) > 1 else None, metric)}\n")
-    for method, trainer in trainers.items():
-        if has_router(trainer.model) and clients.clusters is not None:
-            found = clusters_found(*trainer.mixtures(), clients.clusters)
-            print(f"{method}'s routers against the true clusters: adjusted Rand index {found:.2f}\n")
+    for method, index in found.items():
+        print(f"{method}'s routers against the true clusters: adjusted Rand index {index:.2f}\n")
     width = max(map(len, written))
     print("\n".join(f"{what:<{width}}   {path}" for what, path in written.items()))
 
@@ -79,8 +87,16 @@ def has_router(model: nn.Module) -> bool:
     return any(role.kind == "router" for role in parameter_roles(model).values())
 
 
-def write_run(trainer: FederatedTrainer, settings: dict[str, object]) -> dict[str, Path]:
-    """Write what belongs to a trained run beside its records, and say what lies where."""
+def write_run(
+    trainer: FederatedTrainer, settings: dict[str, object], mixtures: tuple[list[ClientId], Tensor] | None
+) -> dict[str, Path]:
+    """Write what belongs to a trained run beside its records, and say what lies where.
+
+    Args:
+        trainer: It has trained and evaluated.
+        settings: Its settings.
+        mixtures: The clients' ids and mixtures, for a model with routers.
+    """
     folder = trainer.output_dir
     rows = [
         {"client": client, **{name: value for name, value in metrics.items() if not math.isnan(value)}}
@@ -89,10 +105,9 @@ def write_run(trainer: FederatedTrainer, settings: dict[str, object]) -> dict[st
     write_lines(folder / CLIENTS, rows)
     (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     written = {"records": folder / RECORDS, "by client": folder / CLIENTS, "settings": folder / SETTINGS}
-    if has_router(trainer.model):
+    if mixtures is not None:
         trainer.publish(folder / "adapter")
-        ids, mixtures = trainer.mixtures()
-        plot_mixtures(ids, mixtures, trainer.dataset.clusters).savefig(folder / "mixtures.png", dpi=DPI)
+        plot_mixtures(*mixtures, trainer.dataset.clusters).savefig(folder / "mixtures.png", dpi=DPI)
         written |= {"adapter": folder / "adapter", "mixtures": folder / "mixtures.png"}
     else:
         trainer.publish(folder / "model")

@@ -6,8 +6,10 @@ from floral_peft.federated.checkpoint import CheckpointError
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.groups import Clustered, Group, ParameterGroups
 from floral_peft.federated.method import Method, get_method, method_names, register_method
+from floral_peft.federated.processes import ProcessError
+from floral_peft.federated.rounds import RoundReport, TooFewClientsError
 from floral_peft.federated.seeding import ClientId
-from floral_peft.federated.server import RoundReport, ServerState, TooFewClientsError
+from floral_peft.federated.server import ServerState
 from floral_peft.federated.store import StoreError
 from floral_peft.federated.trainer import FederatedTrainer
 
@@ -23,6 +25,7 @@ __all__ = [
     "Group",
     "Method",
     "ParameterGroups",
+    "ProcessError",
     "RoundReport",
     "ServerState",
     "StoreError",

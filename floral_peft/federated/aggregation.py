@@ -12,6 +12,7 @@ from torch import Tensor
 
 from floral_peft.federated.exact import ExactSum
 from floral_peft.federated.groups import Clustered, ParameterGroups
+from floral_peft.federated.processes import Processes
 from floral_peft.federated.seeding import ClientId
 
 
@@ -158,16 +159,22 @@ class WeightedMean:
     Args:
         reference: The server's public tensors.
         groups: Which of them are shared, which clustered.
-        cohort_size: Most updates that may be added.
+        cohort_size: Most updates that may be added, over all processes.
+        routers: The shape (L, C) of `usage`; None where nothing is clustered.
     """
 
-    def __init__(self, reference: Mapping[str, Tensor], groups: ParameterGroups, cohort_size: int) -> None:
+    def __init__(
+        self,
+        reference: Mapping[str, Tensor],
+        groups: ParameterGroups,
+        cohort_size: int,
+        routers: torch.Size | None = None,
+    ) -> None:
         self._groups = groups
         self._sums = {name: ExactSum(value, cohort_size) for name, value in reference.items()}
         self._scratch = _largest(self._sums.values())
-        self._cohort_size = cohort_size
+        self._usage = None if routers is None else ExactSum(torch.zeros(routers), cohort_size)
         self._examples = 0
-        self._usage: ExactSum | None = None
 
     def add(self, update: ClientUpdate) -> None:
         """Add an update that `check_update` let pass."""
@@ -178,9 +185,18 @@ class WeightedMean:
             weight = update.num_examples if cluster is None else _along(update.usage, cluster, total)
             total.add(delta, weight, update.peaks[name] * most, self._scratch[total.device])
         self._examples += update.num_examples
-        if update.usage is not None:
-            self._usage = self._usage or ExactSum(update.usage, self._cohort_size)
+        if update.usage is not None and self._usage is not None:
             self._usage.add(update.usage, 1, most)
+
+    def reduce(self, processes: Processes) -> None:
+        """Make these the sums of what all processes have added; the same bits as if one had added it all."""
+        if processes.count == 1:
+            return
+        sums = [*self._sums.values(), *([] if self._usage is None else [self._usage])]
+        told = processes.collect([self._examples, [total.classes() for total in sums]])
+        self._examples = sum(examples for examples, _ in told)
+        live = [sorted(set().union(*classes)) for classes in zip(*(classes for _, classes in told), strict=True)]
+        processes.sum(part for total, classes in zip(sums, live, strict=True) for part in total.parts(classes))
 
     def result(self) -> Aggregate:
         """The means of what was added. An adaptor without users has a mean of zero: it keeps its value.
@@ -245,3 +261,25 @@ def mean_entropy(usages: list[Tensor]) -> float:
     mixtures = torch.stack([usage / usage.sum(dim=-1, keepdim=True) for usage in usages])
     entropies = torch.special.entr(mixtures).sum(dim=-1)  # (clients, L)
     return math.fsum(entropies.flatten().tolist()) / entropies.numel()
+
+
+def cluster_mismatch(usages: list[Tensor], clusters: list[int]) -> float:
+    """How far the weights p̂(k|c) of the adaptors are from p(k|c) under the true clusters: the paper's ‖δ_c‖₁.
+
+    An adaptor's number says nothing of the cluster that it serves: each cluster is compared with the adaptor whose
+    weights come nearest. Of routers by layer, the mean usage counts.
+
+    Args:
+        usages: One (L, C) tensor π̂ᵏ_c Nᵏ per client.
+        clusters: The true cluster of each of these clients.
+
+    Returns:
+        The mean over the cohort's clusters, in [0, 2]; 0 where each has an adaptor of its own.
+    """
+    used = torch.stack([usage.mean(dim=0) for usage in usages])  # (clients, C)
+    found = used / used.sum(dim=0).clamp(min=torch.finfo(used.dtype).tiny)
+    members = torch.tensor([[cluster == own for own in sorted(set(clusters))] for cluster in clusters])
+    true = members * used.sum(dim=1, keepdim=True)  # π = 1 at the client's own cluster: the weights are Nᵏ
+    true = true / true.sum(dim=0)
+    distances = (found[:, :, None] - true[:, None, :]).abs().sum(dim=0)  # (C, clusters)
+    return float(distances.amin(dim=0).mean())

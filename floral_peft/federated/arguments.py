@@ -103,15 +103,20 @@ class FederatedArguments:
         default="none", metadata={"help": 'Accelerate\'s trackers by name (tensorboard, wandb, ...), "all" or "none".'}
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bar."})
+    ddp_timeout: int = field(
+        default=1800,
+        metadata={"help": "Seconds that the processes of a run wait for one another before all of them end."},
+    )
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
     fp16: bool = field(default=False, metadata={"help": "Train in float16 mixed precision. Prefer bf16."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator."})
 
     def __post_init__(self) -> None:
         self.output_dir = self._read_folder("output_dir", "the path of a folder")
-        for name in ("rounds", "local_epochs", "min_clients", "per_device_train_batch_size"):
+        for name in ("rounds", "local_epochs", "min_clients", "ddp_timeout"):
             self._check_count(name)
-        self._check_count("per_device_eval_batch_size")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            self._check_count(name)
         for name in ("local_steps", "eval_steps", "save_steps", "save_total_limit"):
             self._check_count(name, optional=True)
         self._check_count("seed", least=0)

@@ -27,6 +27,7 @@ _FREE = (
     "report_to",
     "disable_tqdm",
     "use_cpu",
+    "ddp_timeout",
 )
 #: Fields of the models' configs that say where a model is from or what was last done with it.
 _PROVENANCE = (

@@ -1,16 +1,19 @@
-"""Device and precision of one trainer; accelerate's own are shared by everything in a process."""
+"""Device, precision and processes of one trainer; accelerate's own are shared by everything in a process."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
 from floral_peft.federated.arguments import FederatedArguments
+from floral_peft.federated.processes import Processes
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,11 +30,21 @@ class TrainerAccelerator(Accelerator):
     """
 
     def __init__(self, args: FederatedArguments) -> None:
-        super().__init__(log_with=args.report_to or None, project_dir=Path(args.output_dir))
+        timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))
+        folder = Path(args.output_dir)
+        super().__init__(
+            cpu=_starts_on_cpu(args), log_with=args.report_to or None, project_dir=folder, kwargs_handlers=[timeout]
+        )
+        self._timeout = args.ddp_timeout
         self._precision = args.mixed_precision
         self._device = torch.device("cpu") if args.use_cpu else self.state.device
         if args.fp16 and self._device.type == "cpu":
             raise ValueError("fp16=True needs an accelerator, and the run is on the CPU: use bf16=True.")
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that were started for this run."""
+        return Processes(self.process_index, self.num_processes, self._timeout)
 
     @property
     def device(self) -> torch.device:
@@ -43,9 +56,21 @@ class TrainerAccelerator(Accelerator):
         """One of "bf16", "fp16" and "no"."""
         return self._precision
 
+    def finish_trackers(self) -> None:
+        """End the trackers of a training; accelerate's `end_training` would part the processes, too."""
+        while self.trackers:
+            self.trackers.pop().finish()
+
     @contextmanager
     def autocast(self, autocast_handler: Any = None) -> Iterator[None]:
         """Compute in this trainer's precision, whatever the process's other trainers use."""
         dtype = _DTYPES.get(self._precision)
         with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
             yield
+
+
+def _starts_on_cpu(args: FederatedArguments) -> bool:
+    """Whether accelerate must be told that the processes of `torchrun` or `accelerate launch` meet on the CPU."""
+    launched = "LOCAL_RANK" in os.environ and not PartialState._shared_state
+    accelerator = torch.accelerator.current_accelerator()
+    return launched and (args.use_cpu or accelerator is None or accelerator.type == "mps")

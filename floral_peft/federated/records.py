@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from floral_peft.federated.files import write_file
-from floral_peft.federated.server import RoundReport
+from floral_peft.federated.rounds import RoundReport
 
 
 Record = dict[str, Any]
@@ -22,10 +22,12 @@ class Records:
 
     Args:
         path: The file.
+        written: Whether this process is the one that writes it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, written: bool = True) -> None:
         self._path = path
+        self._written = written
         self.started = False
         self.items: list[Record] = []
 
@@ -35,6 +37,8 @@ class Records:
 
     def start(self, round: int) -> None:
         """Begin anew after a round: earlier records are read back, later ones forgotten."""
+        if not self._written:
+            return
         if round and self._path.is_file():
             self.items[:] = _parse(self._path.read_text(encoding="utf-8").splitlines())
         self.items[:] = [record for record in self.items if record["round"] <= round]
@@ -45,7 +49,7 @@ class Records:
     def add(self, record: Record) -> None:
         """Append a record."""
         self.items.append(record)
-        if self.started:
+        if self.started and self._written:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(_line(record))
 

@@ -1,39 +1,21 @@
-"""The server: its state, and a round as a function from state to state."""
+"""The server: its state, and the step that it makes of a cohort's mean."""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from floral_peft.federated.aggregation import (
-    Aggregate,
-    ClientUpdate,
-    UpdateError,
-    WeightedMean,
-    check_update,
-    clip_update,
-    keep_unused,
-    mean_entropy,
-    update_norm,
-)
+from floral_peft.federated.aggregation import Aggregate, keep_unused
 from floral_peft.federated.groups import ParameterGroups, tensors_of
+from floral_peft.federated.processes import Message, pack_states, unpack_states
 from floral_peft.federated.seeding import ClientId
 
 
-logger = logging.getLogger(__name__)
-
 PrivateState = dict[str, Tensor]
-
-
-class TooFewClientsError(RuntimeError):
-    """Fewer updates than `min_clients` arrived; the server's state is unchanged."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +38,31 @@ class ServerState:
         held = tensors_of(model)
         return cls(round=0, tensors={name: _master_copy(held[name]) for name in groups.public})
 
+    def to_message(self) -> Message:
+        """The state, as one process tells it to another."""
+        memory = [
+            (
+                [name, {key: value for key, value in entries.items() if not isinstance(value, Tensor)}],
+                {key: value for key, value in entries.items() if isinstance(value, Tensor)},
+            )
+            for name, entries in self.optimizer.items()
+        ]
+        return pack_states([([self.round, {}], self.tensors), *memory])
+
+    def of_message(self, message: Message) -> ServerState:
+        """The state that another process told, on the devices of this one."""
+        ([round, _], tensors), *memory = unpack_states(message)
+        devices = {name: value.device for name, value in self.tensors.items()}
+        optimizer = {
+            # Step counters stay on the CPU, where torch.optim keeps them.
+            name: {
+                **values,
+                **{key: value if value.ndim == 0 else value.to(devices[name]) for key, value in held.items()},
+            }
+            for (name, values), held in memory
+        }
+        return ServerState(round, {name: value.to(devices[name]) for name, value in tensors.items()}, optimizer)
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -67,6 +74,7 @@ class ServerSettings:
         build_optimizer: Makes the server's optimiser over a list of tensors.
         min_clients: Fewest updates of a round.
         max_update_norm: Clip updates to this L2 norm.
+        clusters: The clients' true clusters, where they are known: to tell how well the routers find them.
     """
 
     groups: ParameterGroups
@@ -74,120 +82,7 @@ class ServerSettings:
     build_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     min_clients: int = 1
     max_update_norm: float | None = None
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What may be told of a round: aggregates only.
-
-    Args:
-        round: The round, from 1.
-        train_loss: Mean loss of an example while training.
-        clients_trained: Number of clients whose updates were averaged.
-        clients_dropped: Client id → why its update was not: our own words, or the type of the exception.
-        update_norm: L2 norm of the mean update.
-        router_entropy: Mean entropy of the trained clients' routers, in nats. None for fewer than two clients: it
-            would be the client's own.
-        usage: p(c), the share of the cohort's examples that each adaptor stands for. None as above.
-        seconds: Duration by phase.
-    """
-
-    round: int
-    train_loss: float
-    clients_trained: int
-    clients_dropped: dict[ClientId, str]
-    update_norm: float
-    router_entropy: float | None
-    usage: list[float] | None
-    seconds: dict[str, float]
-
-
-def run_round(
-    state: ServerState,
-    cohort: Sequence[ClientId],
-    train: Callable[[ClientId, ServerState], tuple[ClientUpdate, PrivateState]],
-    keep: Callable[[ClientId, int, PrivateState], None],
-    settings: ServerSettings,
-) -> tuple[ServerState, RoundReport]:
-    """Train a cohort from the server's state and average what comes back.
-
-    A client that raises, or whose update is wrong, costs its own update only: it is left out, its private state stays
-    as it was, and the report says why.
-
-    Args:
-        state: The server's state, which is not changed.
-        cohort: The clients of the round.
-        train: A client's local training.
-        keep: Stores a client's private state on the client's side: (client id, round, state). It counts once this
-            function has returned; if it raises, the client's state is the one before.
-        settings: The groups, the server's optimiser and the limits.
-
-    Returns:
-        The new state and the report.
-
-    Raises:
-        TooFewClientsError: Fewer than `min_clients` updates arrived.
-    """
-    round = state.round + 1
-    began = time.perf_counter()
-    training = 0.0
-    mean = WeightedMean(state.tensors, settings.groups, len(cohort))
-    trained: dict[ClientId, tuple[int, float]] = {}
-    usages: list[Tensor] = []
-    dropped: dict[ClientId, str] = {}
-    for client_id in cohort:
-        start = time.perf_counter()
-        try:
-            if client_id in trained:
-                raise UpdateError(f"client {client_id!r} was counted already: it is in the cohort twice")
-            update, private = train(client_id, state)
-            check_update(update, client_id, round, state.tensors, settings.routers)
-        except UpdateError as error:
-            dropped[client_id] = str(error)
-            logger.warning("round %d: %s; update dropped", round, error)
-            continue
-        except Exception as error:  # whatever a client's data, model code or memory does is the client's own loss
-            # The error itself is not kept: its traceback holds on to the client's tensors.
-            # Nor is its text in the report: it may quote a client's examples. The log is for whoever runs the client.
-            logger.warning(
-                "round %d: client %r: %s: %s; update dropped",
-                round,
-                client_id,
-                type(error).__name__,
-                error,
-                exc_info=not dropped,
-            )
-            dropped[client_id] = type(error).__name__
-            continue
-        finally:
-            training += time.perf_counter() - start
-        if settings.max_update_norm is not None:
-            update = clip_update(update, settings.max_update_norm)
-        mean.add(update)
-        keep(client_id, round, private)
-        trained[client_id] = (update.num_examples, update.train_loss)
-        if update.usage is not None:
-            usages.append(update.usage)
-    if len(trained) < settings.min_clients:
-        reasons = "; ".join(f"client {client_id!r}: {reason}" for client_id, reason in list(dropped.items())[:3])
-        raise TooFewClientsError(
-            f"round {round}: {len(trained)} clients sent a good update, min_clients={settings.min_clients} are "
-            f"needed; the server's state is unchanged. {len(dropped)} dropped: {reasons}; the log says more"
-        )
-    aggregate = mean.result()
-    new = server_step(state, aggregate, settings)
-    told = aggregate.usage is not None and len(trained) > 1
-    examples = sum(count for count, _ in trained.values())
-    return new, RoundReport(
-        round=round,
-        train_loss=math.fsum(count * loss for count, loss in trained.values()) / examples,
-        clients_trained=len(trained),
-        clients_dropped=dropped,
-        update_norm=update_norm(aggregate.deltas),
-        router_entropy=mean_entropy(usages) if told else None,
-        usage=aggregate.usage.mean(dim=0).tolist() if told and aggregate.usage is not None else None,
-        seconds={"train": training, "aggregate": time.perf_counter() - began - training},
-    )
+    clusters: Mapping[ClientId, int] | None = None
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, default_
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
-from floral_peft.federated.aggregation import ClientUpdate
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
@@ -34,17 +34,21 @@ from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, summarize
 from floral_peft.federated.forward import Forward, LossFunction
-from floral_peft.federated.groups import ParameterGroups
-from floral_peft.federated.identity import Identity, identity
+from floral_peft.federated.groups import ParameterGroups, tensors_of
+from floral_peft.federated.identity import Identity, differing, identity
 from floral_peft.federated.method import Method, get_method
 from floral_peft.federated.precision import TrainerAccelerator
 from floral_peft.federated.probe import probe
+from floral_peft.federated.processes import Message, ProcessError, pack_states, unpack_states
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
+from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
-from floral_peft.federated.server import PrivateState, RoundReport, ServerSettings, ServerState, run_round
+from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
+from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
 from floral_peft.federated.visitor import Visitor, modes_kept
+from floral_peft.federated.visits import Visits
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,9 @@ _NO_TEST = 'no client has examples in a split "test"; from_column and from_parti
 
 class FederatedTrainer:
     """Trains one model over many clients, in rounds.
+
+    Started by torchrun or accelerate launch, every process makes the same trainer and the same calls; they share the
+    clients of each round and of each evaluation, and only the first of them touches `output_dir`.
 
     ```python
     trainer = FederatedTrainer(model, FederatedArguments(output_dir="out", rounds=100), clients, method="floral")
@@ -77,7 +84,7 @@ class FederatedTrainer:
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The method does not fit the model, or the settings do not fit the dataset.
-        RuntimeError: Several processes were started.
+        ProcessError: Another process has failed.
     """
 
     def __init__(
@@ -104,12 +111,9 @@ class FederatedTrainer:
             )
         self.output_dir = Path(args.output_dir)
         self.accelerator = TrainerAccelerator(args)
-        if self.accelerator.num_processes > 1:
-            raise RuntimeError(
-                f"FederatedTrainer trains in one process; {self.accelerator.num_processes} were started. "
-                "Run it without torchrun or accelerate launch."
-            )
+        self.processes = self.accelerator.processes
         self.model: Any = model.to(self.accelerator.device)
+        self.processes.copy_from_main(tensors_of(model).values())
         self._collator: Collator = data_collator or default_data_collator
         self._compute_metrics = compute_metrics
         self._forward = Forward(model, loss_fn)
@@ -120,19 +124,26 @@ class FederatedTrainer:
         if self._routers is not None:
             self._routers.remember()
             self._untrained[self._routers.name] = torch.zeros(1, *self._routers.shape)
+        self._visits = Visits(self.processes, dataset)
         self._settings = ServerSettings(
             groups=self._groups,
             routers=self._routers.shape if self._routers and self._groups.clustered else None,
             build_optimizer=args.build_server_optimizer,
             min_clients=args.min_clients,
             max_update_norm=args.max_update_norm,
+            clusters=dataset.clusters,
         )
         self._store = PrivateStore(self.output_dir / "private")
-        self._records = Records(self.output_dir / "records.jsonl")
+        self._records = Records(self.output_dir / "records.jsonl", written=self.processes.is_main)
         self._round = 0
         self._visiting = False
         self.client_metrics: dict[ClientId, Metrics] = {}
-        self.state = TrainerState(max_steps=args.rounds, log_history=self._records.items)
+        self.state = TrainerState(
+            max_steps=args.rounds,
+            log_history=self._records.items,
+            is_world_process_zero=self.processes.is_main,
+            is_local_process_zero=self.accelerator.is_local_main_process,
+        )
         self.control = TrainerControl()
         shown: list[Any] = [] if args.disable_tqdm else [RoundProgressCallback]
         every = [RoundFlowCallback, *shown, *(callbacks or [])]
@@ -167,20 +178,14 @@ class FederatedTrainer:
             ValueError: `output_dir` holds an earlier run, or the examples do not fit the model.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        resume = find_checkpoint(self.output_dir, wanted) if wanted else None
-        if resume is None and not self.args.overwrite_output_dir:
-            self._check_output_dir()
+        server = self._first_state(wanted)
         if self.args.eval_steps is not None and not any(self.dataset.num_examples(k, "test") for k in self.dataset):
             raise ValueError(f"eval_steps={self.args.eval_steps}: {_NO_TEST}")
-        server = ServerState.of(self.model, self._groups)
-        if resume is not None:
-            server = load_checkpoint(resume, server, self._identity)
         with self._visit():
             probe(self.model, self._forward, self.dataset, self._collator, self.accelerator.device)
         self._round, self.state.max_steps = server.round, self.args.rounds
-        discard_checkpoints(self.output_dir, after=server.round)
-        self._store.rewind(server.round)
-        self._records.start(server.round)
+        self.processes.on_main(partial(self._go_back, server.round))
+        self._records.items[:] = self.processes.broadcast((self._records.items, {}))[0]
         if self.args.report_to:
             simple = {k: v for k, v in self.args.to_dict().items() if isinstance(v, (bool, int, float, str))}
             self.accelerator.init_trackers("floral_peft", simple)
@@ -188,12 +193,14 @@ class FederatedTrainer:
         try:
             with self._visit():
                 reports = self._train_rounds(server)
+        except BaseException:
+            if self.processes.count == 1:  # others may be gone
+                self._install_routers()
+            raise
         finally:
-            if self._routers is not None:
-                self._routers.install(self.dataset.ids, self._trained_routers(self._routers.name))
             seconds = time.perf_counter() - began
-            if self.args.report_to:
-                self.accelerator.end_training()
+            self.accelerator.finish_trackers()
+        self._install_routers()
         return TrainOutput(self._round, *train_metrics(reports, seconds))
 
     def evaluate(self) -> Metrics:
@@ -210,30 +217,39 @@ class FederatedTrainer:
             ValueError: No client has examples for evaluation, or all of them fail.
         """
         began = time.perf_counter()
-        self.client_metrics = {}
-        failed: dict[str, str] = {}
-        first = _NO_TEST
+        found: list[tuple[ClientId, Metrics]] = []
+        failed: list[tuple[ClientId, str, str]] = []
         with self._visit():
-            for client_id in self.dataset:
+            for client_id, private in self._visits(self.dataset, self._private, split="test"):
                 try:
-                    found = self._evaluate_client(client_id)
+                    metrics = self._evaluate_client(client_id, private())
                 except Exception as error:  # as in training: a client's failure is its own loss
                     reason = f"client {client_id!r}: {type(error).__name__}: {error}"
                     logger.warning("evaluation: %s; left out", reason, exc_info=not failed)
-                    first = first if failed else f"no client can be evaluated; {reason}"
-                    failed[str(client_id)] = type(error).__name__
+                    failed.append((client_id, type(error).__name__, reason))
                     continue
-                if found is not None:
-                    self.client_metrics[client_id] = found
-        if not self.client_metrics:
-            raise ValueError(first)
-        metrics = summarize(self.client_metrics)
-        seconds = {"evaluate": time.perf_counter() - began}
-        counted = {"clients_evaluated": len(self.client_metrics), "clients_failed": failed, "seconds": seconds}
-        self._records.add({"event": "evaluate", "round": self._round, **metrics, **counted})
-        self._log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+                if metrics is not None:
+                    found.append((client_id, metrics))
+        if self.processes.count > 1:
+            told = self.processes.collect((found, failed))
+            place = {client_id: position for position, client_id in enumerate(self.dataset)}
+            found, failed = (
+                sorted((item for part in told for item in part[kind]), key=lambda item: place[item[0]])
+                for kind in (0, 1)
+            )
+        self.client_metrics = dict(found)
+        if not found:
+            raise ValueError(f"no client can be evaluated; {failed[0][2]}" if failed else _NO_TEST)
+        summary = summarize(self.client_metrics)
+        counted = {
+            "clients_evaluated": len(found),
+            "clients_failed": {str(client_id): kind for client_id, kind, _ in failed},
+            "seconds": {"evaluate": time.perf_counter() - began},
+        }
+        self._records.add({"event": "evaluate", "round": self._round, **summary, **counted})
+        self._log(summary)
+        self._event("on_evaluate", summary)
+        return summary
 
     def mixtures(self) -> tuple[list[ClientId], Tensor]:
         """All clients' mixtures.
@@ -259,18 +275,20 @@ class FederatedTrainer:
         target = Path(folder)
         with self._visit():
             self._visitor.load(self._untrained)
+            if not self.processes.is_main:
+                return
             if hasattr(self.model, "save_pretrained"):
                 self.model.save_pretrained(str(target))
             else:
                 target.mkdir(parents=True, exist_ok=True)
                 save_model(self.model, str(target / "model.safetensors"))
 
-    def _evaluate_client(self, client_id: ClientId) -> Metrics | None:
+    def _evaluate_client(self, client_id: ClientId, private: PrivateState) -> Metrics | None:
         """None for a client without examples for evaluation."""
         splits = self.dataset[client_id]
         if not _has_test(splits):
             return None
-        self._visitor.load(self._private(client_id))
+        self._visitor.load(private)
         return evaluate_client(
             self.model,
             self._forward,
@@ -287,26 +305,53 @@ class FederatedTrainer:
             self.model, self._visitor, self._forward, self._groups, self.args, self.accelerator, self._collator
         )
 
-        def train(client_id: ClientId, state: ServerState) -> tuple[ClientUpdate, PrivateState]:
-            return training(client_id, self.dataset[client_id]["train"], self._private(client_id), state)
+        clock = Stopwatch()
+
+        def train(cohort: Sequence[ClientId], state: ServerState) -> Iterator[tuple[ClientId, Outcome]]:
+            for client_id, private in self._visits(cohort, self._private, None if self.args.local_steps else "train"):
+                yield client_id, self._train_client(training, client_id, private, state, clock)
 
         self._rest(server)
         self._event("on_train_begin")
         while self._round < self.args.rounds and not self.control.should_training_stop:
             self._event("on_step_begin")
             cohort = self._cohort(server.round + 1)
+            clock.reset()
             try:
-                server, report = run_round(server, cohort, train, self._store.put, self._settings)
+                server, report = run_round(
+                    server, cohort, train, self._store.put, self._settings, self.processes, clock
+                )
             except BaseException:
                 self._store.rollback()
                 raise
             finally:
                 self._rest(server)
-            self._store.commit(checkpoint_rounds(self.output_dir))
+            clock.lap("server step")
+            if self.processes.is_main:
+                self._store.commit(checkpoint_rounds(self.output_dir))
+            clock.lap("store")
             reports.append(report)
             self._end_round(server, report)
         self._event("on_train_end")
         return reports
+
+    def _train_client(
+        self,
+        training: LocalTraining,
+        client_id: ClientId,
+        private: Callable[[], PrivateState],
+        state: ServerState,
+        clock: Stopwatch,
+    ) -> Outcome:
+        """What comes of a client's training, whatever it raises."""
+        try:
+            examples, own = self.dataset[client_id]["train"], private()
+            clock.lap("load")
+            return training(client_id, examples, own, state)
+        except Exception as error:  # whatever a client's data, model code or memory does is the client's own loss
+            return error
+        finally:
+            clock.lap("train")
 
     def _end_round(self, server: ServerState, report: RoundReport) -> None:
         self._records.add(round_record(report))
@@ -345,8 +390,10 @@ class FederatedTrainer:
 
     def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
         """The routers, (1, L, C), of the clients that have trained."""
-        found = ((client_id, self._store.get(client_id, self._round)) for client_id in self.dataset)
-        return {client_id: state[name] for client_id, state in found if state is not None}
+        stored = ((k, self._store.get(k, self._round)) for k in (self.dataset if self.processes.is_main else ()))
+        found = [(client_id, {name: state[name]}) for client_id, state in stored if state is not None]
+        told = found if self.processes.count == 1 else unpack_states(self.processes.broadcast(pack_states(found)))
+        return {client_id: state[name] for client_id, state in told}
 
     @contextmanager
     def _visit(self) -> Iterator[None]:
@@ -367,6 +414,36 @@ class FederatedTrainer:
             stack.callback(self._visitor.load, self._untrained)
             yield
 
+    def _first_state(self, wanted: str | Path | bool | None) -> ServerState:
+        """The server's state with which training begins: a checkpoint's, or what the model holds."""
+        held = ServerState.of(self.model, self._groups)
+        mine = self._identity
+
+        def read() -> Message:
+            resume = find_checkpoint(self.output_dir, wanted) if wanted else None
+            if resume is None and not self.args.overwrite_output_dir:
+                self._check_output_dir()
+            return (held if resume is None else load_checkpoint(resume, held, mine)).to_message()
+
+        mains = self.processes.broadcast((mine, {}))[0]
+        if (name := differing(mains, mine)) is not None:
+            raise ProcessError(
+                f"process {self.processes.rank} runs something else than process 0: {name} is {mine[name]!r} here and "
+                f"{mains[name]!r} there. Start all processes with the same settings and data."
+            )
+        return held.of_message(self.processes.on_main(read))
+
+    def _go_back(self, round: int) -> None:
+        """Forget what an earlier run has written after a round."""
+        discard_checkpoints(self.output_dir, after=round)
+        self._store.rewind(round)
+        self._records.start(round)
+
+    def _install_routers(self) -> None:
+        """Put the clients' routers into the model's table, in every process."""
+        if self._routers is not None:
+            self._routers.install(self.dataset.ids, self._trained_routers(self._routers.name))
+
     def _check_output_dir(self) -> None:
         """Refuse a folder that holds another run."""
         where = f"output_dir={self.args.output_dir!r} holds"
@@ -378,18 +455,23 @@ class FederatedTrainer:
             raise ValueError(f"{where} the records or the clients' state of an earlier run: {remedy}")
 
     def _save(self, server: ServerState) -> None:
+        self.processes.on_main(partial(self._write_checkpoint, server))
+        self._event("on_save")
+
+    def _write_checkpoint(self, server: ServerState) -> None:
         self._store.flush()
         save_checkpoint(self.output_dir, server, self._identity)
         prune_checkpoints(self.output_dir, self.args.save_total_limit)
-        self._event("on_save")
 
     def _log(self, logs: Mapping[str, Any]) -> None:
         if self.args.report_to:
             self.accelerator.log(dict(logs), step=self._round)
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(logs))
+        self._event("on_log", dict(logs))
 
-    def _event(self, name: str) -> None:
-        self.control = getattr(self.callback_handler, name)(self.args, self.state, self.control)
+    def _event(self, name: str, *given: Any) -> None:
+        """Tell the callbacks of every process; where they want different things, main's count."""
+        self.control = getattr(self.callback_handler, name)(self.args, self.state, self.control, *given)
+        vars(self.control).update(self.processes.broadcast((vars(self.control), {}))[0])
 
 
 def _has_test(splits: Mapping[str, Any]) -> bool:

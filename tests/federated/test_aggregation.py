@@ -35,7 +35,7 @@ def update(who: str, examples: int, mixture: list[float], u: list[float], a: lis
 
 
 def mean(*updates: ClientUpdate) -> Any:
-    sums = WeightedMean(SERVER, GROUPS, 4)
+    sums = WeightedMean(SERVER, GROUPS, 4, ROUTERS)
     for one in updates:
         sums.add(one)
     return sums.result()
@@ -87,7 +87,7 @@ def test_an_unused_adaptor_keeps_its_value_whatever_the_optimiser_did() -> None:
 def test_each_layer_is_weighed_by_its_own_router() -> None:
     groups = replace(GROUPS, clustered={"a": Clustered(axis=1, slot=1)})
     usage = [torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 6.0], [3.0, 3.0]])]
-    sums = WeightedMean(SERVER, groups, 2)
+    sums = WeightedMean(SERVER, groups, 2, torch.Size([2, 2]))
     for examples, used, value in ((2, usage[0], 4.0), (6, usage[1], 8.0)):
         deltas = {"u": torch.zeros(2), "a": torch.full((2, 2), value)}
         sums.add(ClientUpdate("a", 1, examples, used.double(), deltas, 0.0))
@@ -103,7 +103,7 @@ def test_many_small_updates_are_summed_without_loss() -> None:
 
 def test_nothing_cannot_be_averaged() -> None:
     with pytest.raises(ValueError, match="nothing to average"):
-        WeightedMean(SERVER, GROUPS, 4).result()
+        WeightedMean(SERVER, GROUPS, 4, ROUTERS).result()
 
 
 GOOD = update("hamlet", 4, [0.5, 0.5], [1.0, 1.0], [[1.0, 1.0], [1.0, 1.0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from floral_peft.federated.aggregation import ClientUpdate
 from floral_peft.federated.groups import Clustered, ParameterGroups
+from floral_peft.federated.rounds import RoundReport, TooFewClientsError, run_round
 from floral_peft.federated.seeding import ClientId
-from floral_peft.federated.server import RoundReport, ServerSettings, ServerState, TooFewClientsError, run_round
+from floral_peft.federated.server import ServerSettings, ServerState
 
 
 GROUPS = ParameterGroups(
@@ -44,11 +46,12 @@ class Clients:
     def run(self, settings: ServerSettings, state: ServerState = STATE) -> tuple[ServerState, RoundReport]:
         return run_round(state, list(self.answers), self.train, self.keep, settings)
 
-    def train(self, client_id: ClientId, state: ServerState) -> Any:
-        answer = self.answers[client_id]
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+    def train(self, cohort: Sequence[ClientId], state: ServerState) -> Iterator[tuple[ClientId, Any]]:
+        for client_id in cohort:
+            answer = self.answers[client_id]
+            if isinstance(answer, KeyboardInterrupt):
+                raise answer
+            yield client_id, answer
 
     def keep(self, client_id: ClientId, round: int, private: dict[str, Tensor]) -> None:
         self.kept.append((client_id, round))
@@ -154,8 +157,8 @@ def test_too_few_updates_are_an_error_that_says_why() -> None:
 
 def test_the_traceback_of_only_the_first_failure_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        Clients({"a": ValueError("x"), "b": ValueError("x"), "c": send("c")}).run(settings())
-    assert [bool(record.exc_info) for record in caplog.records] == [True, False]
+        Clients({"a": ValueError("x"), "b": ValueError("y"), "c": send("c")}).run(settings())
+    assert ["\nValueError: x" in record.message for record in caplog.records] == [True, False]
 
 
 def test_one_clients_mixture_is_not_reported() -> None:
