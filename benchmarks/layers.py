@@ -1,17 +1,20 @@
 """What a mixture of C adaptors costs beside plain training and PEFT's LoRA, layer by layer and step by step.
 
-    python benchmarks/layers.py [--cases linear,conv] [--filter "C=4"] [--rounds 30] [--threads 1,2] [--device cpu]
+    python benchmarks/layers.py [--cases linear,conv] [--filter "C=4"] [--rounds 30] [--threads 1,2]
+    python benchmarks/layers.py --device cuda --dtype bfloat16 --scale 4 [--compile]
 
 Every figure is a ratio to the case's reference, measured in one run: in each round all variants are run in a new
 random order, each variant's time is divided by the reference's of the same round, and the median of the rounds is
 reported with its quartiles. "saved" is the memory that autograd keeps for the backward pass, parameters not counted,
-as a ratio likewise.
+and "peak" the most that a step allocates on top of what it finds, both as ratios likewise. "of matmul" is the rate of
+a step's arithmetic, as a fraction of the rate at which the device multiplies two large matrices of that dtype.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
@@ -23,11 +26,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler greets on every use
+
 import peft
 import torch
 from models import cifar_net, mnist_net, transformer, vgg8
 from peft import LoraConfig, PolyConfig
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from floral_peft import FloralConfig
 from floral_peft.tuner import factor_pairs, precondition_gradients
@@ -162,17 +170,20 @@ def whole_step(model: Any, x: Tensor, y: Tensor, precondition: bool = False) -> 
     return model, step
 
 
-def step_case(name: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor, c: int) -> Case:
+def step_case(
+    name: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor, c: int, dtype: torch.dtype | None = None
+) -> Case:
     """The paper's setting: ρ = 1 %, all Linear and Conv2d layers adapted, the base trained too."""
     targets = [name for name, module in build().named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
     def fresh() -> nn.Module:
         torch.manual_seed(0)
-        return build().to(x.device)
+        return build().to(x.device, dtype or x.dtype)
 
     def floral(compute: str, precondition: bool = False) -> Step:
         config = FloralConfig(num_adaptors=c, budget=0.01, target_modules=targets, train_base=True, compute=compute)
-        return whole_step(get_peft_model(fresh(), config), x, y, precondition)
+        model = get_peft_model(fresh(), config, autocast_adapter_dtype=False)
+        return whole_step(model, x, y, precondition)
 
     return Case(
         f"{name} step, ρ=1 %, C={c}, trained base",
@@ -187,33 +198,39 @@ def step_case(name: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor, c
     )
 
 
-def cases(names: set[str], device: str) -> Iterator[Case]:
-    """All cases of the groups named."""
+def cases(names: set[str], device: str, dtype: torch.dtype, scale: int) -> Iterator[Case]:
+    """All cases of the groups named. `scale` multiplies the batches and the width of the large Linear layer."""
     grid = [(c, r) for c in (4, 8, 16) for r in (4, 8)]
     torch.manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    width, batch = 768 * scale, 32 * scale
     for trained in (False, True):
         for c, r in grid:
             if "linear" in names:
-                yield layer_case("Linear 768², 2048 tokens", lambda: nn.Linear(768, 768),
-                                 torch.randn(16, 128, 768, device=device), c, r, trained)  # fmt: skip
+                yield layer_case(f"Linear {width}², {2048 * scale} tokens", lambda: nn.Linear(width, width),
+                                 draw(16 * scale, 128, width), c, r, trained)  # fmt: skip
             if "small" in names:
                 yield layer_case("Linear 784→200, batch 32", lambda: nn.Linear(784, 200),
-                                 torch.randn(32, 784, device=device), c, r, trained)  # fmt: skip
+                                 draw(32, 784), c, r, trained)  # fmt: skip
             if "conv" in names:
-                yield layer_case("Conv2d 3×3 64→128 at 32×32, batch 32", lambda: nn.Conv2d(64, 128, 3, padding=1),
-                                 torch.randn(32, 64, 32, 32, device=device), c, r, trained)  # fmt: skip
-    images, labels = torch.randn(64, 3, 32, 32, device=device), torch.randint(0, 10, (64,), device=device)
+                conv = lambda: nn.Conv2d(64, 128, 3, padding=1)  # noqa: E731
+                yield layer_case(f"Conv2d 3×3 64→128 at 32×32, batch {batch}", conv,
+                                 draw(batch, 64, 32, 32), c, r, trained)  # fmt: skip
+    batch = 64 * scale
+    images, labels = draw(batch, 3, 32, 32), torch.randint(0, 10, (batch,), device=device)
     for c in (4, 10):
         if "mnist" in names:
-            x = torch.randn(32, 784, device=device)
-            yield step_case("784-200-10 net, batch 32", mnist_net, x, labels[:32], c)
+            yield step_case("784-200-10 net, batch 32", mnist_net, draw(32, 784), labels[:32], c)
         if "cifar" in names:
-            yield step_case("CIFAR-10 net, batch 64", cifar_net, images, labels, c)
+            yield step_case(f"CIFAR-10 net, batch {batch}", cifar_net, images, labels, c)
         if "vgg" in names:
-            yield step_case("VGG-8, batch 64", vgg8, images, labels, c)
+            yield step_case(f"VGG-8, batch {batch}", vgg8, images, labels, c)
         if "transformer" in names:
-            tokens = torch.randint(0, 1000, (8, 128), device=device)
-            yield step_case("6-layer transformer, 1024 tokens", transformer, tokens, tokens, c)
+            tokens = torch.randint(0, 1000, (8 * scale, 128), device=device)
+            yield step_case(f"6-layer transformer, {1024 * scale} tokens", transformer, tokens, tokens, c, dtype)
 
 
 # Measuring
@@ -235,16 +252,57 @@ def saved_bytes(count: list[int], parameters: set[int]) -> Iterator[None]:
         yield
 
 
-def measure(case: Case, rounds: int, rng: random.Random, device: str) -> dict[str, Any]:
-    """Medians and quartiles of the rounds' ratios to the reference, and saved memory."""
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """The most that a step allocates on top of what is there before it."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    held = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one large matrix product, the best of ten."""
+    n = 2048 if device == "cpu" else 8192
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    seconds = [timed(lambda: a @ b, device, time.perf_counter) for _ in range(10)]
+    return 2 * n**3 / min(seconds)
+
+
+def timed(step: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:
+    """Seconds that a step takes, the device's work included."""
+    began = clock()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def measure(
+    case: Case, rounds: int, rng: random.Random, device: str, rate: float, *, compiled: bool
+) -> dict[str, Any]:
+    """Medians and quartiles of the rounds' ratios to the reference, memory, and the rate of the arithmetic."""
     built = {name: build() for name, build in case.variants.items()}
     steps = {name: step for name, (_, step) in built.items()}
-    memory = {}
+    saved, peak, operations = {}, {}, {}
     for name, (model, step) in built.items():
         count = [0]
         with saved_bytes(count, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}):
             step()
-        memory[name] = count[0]
+        with FlopCounterMode(display=False) as counter:
+            step()
+        saved[name], peak[name], operations[name] = count[0], peak_bytes(step, device), counter.get_total_flops()
+    if compiled:
+        for model, _ in built.values():
+            model.compile()
     times: dict[str, list[float]] = {name: [] for name in steps}
     # one thread's processor time does not count what else runs on the machine
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
@@ -252,32 +310,33 @@ def measure(case: Case, rounds: int, rng: random.Random, device: str) -> dict[st
         order = list(steps)
         rng.shuffle(order)
         for name in order:
-            began = clock()
-            steps[name]()
-            if device != "cpu":
-                torch.cuda.synchronize()
+            seconds = timed(steps[name], device, clock)
             if round >= 2:  # the first rounds warm up
-                times[name].append(clock() - began)
-    result: dict[str, Any] = {"case": case.name, "reference": case.reference, "variants": {}}
+                times[name].append(seconds)
+    result: dict[str, Any] = {"case": case.name, "reference": case.reference, "compiled": compiled, "variants": {}}
     for name, own in times.items():
         ratios = [one / other for one, other in zip(own, times[case.reference], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
+        seconds = statistics.median(own)
         result["variants"][name] = {
             "ratio": median,
             "quartiles": [low, high],
-            "milliseconds": 1000 * statistics.median(own),
-            "saved": memory[name] / max(1, memory[case.reference]),
+            "milliseconds": 1000 * seconds,
+            "saved": saved[name] / max(1, saved[case.reference]),
+            "peak": peak[name] / max(1, peak[case.reference]),
+            "of_matmul": operations[name] / seconds / rate,
         }
     return result
 
 
 def show(result: dict[str, Any]) -> None:
     """One case as a table."""
-    print(f"\n{result['case']}  (1.00 = {result['reference']})")
+    print(f"\n{result['case']}{', compiled' if result['compiled'] else ''}  (1.00 = {result['reference']})")
     for name, row in result["variants"].items():
         low, high = row["quartiles"]
-        print(f"  {name:24} {row['ratio']:6.2f} ×   [{low:.2f}, {high:.2f}]   {row['milliseconds']:9.3f} ms"
-              f"   saved {row['saved']:5.2f} ×")  # fmt: skip
+        speed = f"{row['ratio']:6.2f} ×   [{low:.2f}, {high:.2f}]   {row['milliseconds']:9.3f} ms"
+        memory = f"saved {row['saved']:5.2f} ×   peak {row['peak']:5.2f} ×"
+        print(f"  {name:24} {speed}   {memory}   {row['of_matmul']:4.0%} of matmul")
     sys.stdout.flush()
 
 
@@ -288,21 +347,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", default="1")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--scale", type=int, default=1, help="times the batches and the width of the large Linear")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile, after the memory is measured")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layers.json")
     options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
     results = []
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
         rng = random.Random(0)  # noqa: S311 (an order, not a secret)
-        print(f"\n# {threads} thread{'s' if threads > 1 else ''}, {options.device}")
-        for case in cases(set(options.cases.split(",")), options.device):
+        rate = matmul_rate(options.device, dtype)
+        print(f"\n# {threads} thread{'s' if threads > 1 else ''}, {options.device}, {options.dtype}: "
+              f"a large matrix product runs at {rate / 1e9:,.0f} GFLOP/s")  # fmt: skip
+        for case in cases(set(options.cases.split(",")), options.device, dtype, options.scale):
             if options.filter in case.name:
-                result = measure(case, options.rounds, rng, options.device) | {"threads": threads}
+                result = measure(case, options.rounds, rng, options.device, rate, compiled=options.compile)
                 show(result)
-                results.append(result)
+                results.append(result | {"threads": threads})
     machine = {"torch": torch.__version__, "peft": peft.__version__, "machine": platform.machine()}
+    setting = {"device": options.device, "dtype": options.dtype, "scale": options.scale}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine, "device": options.device, "results": results}, indent=1))
+    options.out.write_text(json.dumps({"machine": machine, **setting, "results": results}, indent=1) + "\n")
     print(f"\nwritten to {options.out}")
 
 
