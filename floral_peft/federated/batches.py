@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,21 +35,27 @@ class Examples:
         dataset: The split.
         collator: Makes a batch (a dictionary) from a list of examples.
         device: Where the batches go.
+        resident: Splits up to this many bytes are turned into tensors at once.
+
+    Attributes:
+        columns: The whole split on the device by column, where it was turned into tensors at once.
 
     Raises:
         ValueError: The default collator cannot tell which column holds the labels, or they are text.
     """
 
-    def __init__(self, dataset: Dataset, collator: Collator, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Dataset, collator: Collator, device: torch.device, resident: int = RESIDENT_BYTES
+    ) -> None:
         self._dataset = dataset
         self._collator = collator
         self._device = device
-        self._columns: dict[str, Tensor] | None = None
+        self.columns: dict[str, Tensor] | None = None
         if collator is default_data_collator and dataset.format["type"] in (None, "torch"):
             _check_labels(dataset)
             self._collator = _stack
-            self._columns = _as_tensors(dataset, device)
-            if self._columns is None:
+            self.columns = _as_tensors(dataset, device, resident)
+            if self.columns is None:
                 self._dataset = dataset.with_format("torch", columns=dataset.format["columns"])
 
     def __len__(self) -> int:
@@ -65,9 +71,8 @@ class Examples:
             TypeError: The collator does not return a mapping.
             ValueError: The default collator cannot stack the examples.
         """
-        if self._columns is not None:
-            on_device = rows.to(self._device)
-            return {name: column.index_select(0, on_device) for name, column in self._columns.items()}
+        if self.columns is not None:
+            return select_rows(self.columns, rows.to(self._device))
         batch = self._collator(self._dataset.__getitems__(rows.tolist()))
         if not hasattr(batch, "items"):
             raise TypeError(f"data_collator must return a dictionary of tensors, got {type(batch).__name__}.")
@@ -97,14 +102,19 @@ def _stack(rows: list[Any]) -> Any:
         ) from error
 
 
-def _as_tensors(dataset: Dataset, device: torch.device) -> dict[str, Tensor] | None:
+def select_rows(columns: Mapping[str, Tensor], rows: Tensor) -> Batch:
+    """The batch of these rows, whose numbers are on the columns' device."""
+    return {name: column.index_select(0, rows) for name, column in columns.items()}
+
+
+def _as_tensors(dataset: Dataset, device: torch.device, resident: int) -> dict[str, Tensor] | None:
     """All columns as `default_data_collator` would make them of all rows: text is left out, labels are renamed.
 
     Returns:
         Name → tensor, or None where a column is more than numbers of one shape, or the split is too large.
     """
     typed = dataset.with_format("arrow", columns=dataset.format["columns"])
-    if len(dataset) == 0 or typed[:1].nbytes * len(dataset) > RESIDENT_BYTES:
+    if len(dataset) == 0 or typed[:1].nbytes * len(dataset) > resident:
         return None
     table = typed[:]
     columns: dict[str, Tensor] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from transformers import set_seed
 
 from floral_peft.federated.aggregation import ClientUpdate, UpdateError
 from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import Collator, Examples, shuffled_batches
+from floral_peft.federated.batches import Collator, Examples
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups
+from floral_peft.federated.local_steps import local_batches, norms_frozen, optimizer_groups, training_phases
 from floral_peft.federated.seeding import ClientId, derive_seed
 from floral_peft.federated.server import PrivateState, ServerState
 from floral_peft.federated.visitor import Visitor
@@ -90,7 +90,9 @@ class LocalTraining:
         self._model.train()
         examples = Examples(dataset, self._collator, self._accelerator.device)
         parameters = dict(self._model.named_parameters())
-        for phase in self._phases(parameters):  # the last phase's loss is that of the model that is sent
+        trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        # The last phase's loss is that of the model that is sent.
+        for phase in training_phases(trainable, self._groups, self._args.alternating):
             with _only_training(parameters, phase):
                 loss = self._run_steps({name: parameters[name] for name in phase}, examples, order)
         deltas, trained = self._visitor.result(state)
@@ -104,29 +106,17 @@ class LocalTraining:
         )
         return update, trained
 
-    def _phases(self, parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-        """Names of the parameters that train together; alternating: first what is private, then what is not.
-
-        Alternating is FedAlt of Pillutla et al. (ICML 2022, arXiv 2204.03809), simultaneous is their FedSim.
-        """
-        trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
-        private = [name for name in self._groups.private if name in trainable]
-        public = [name for name in (*self._groups.shared, *self._groups.clustered) if name in trainable]
-        if self._args.alternating:
-            return [phase for phase in (private, public) if phase]
-        return [private + public]
-
     def _run_steps(self, parameters: dict[str, nn.Parameter], examples: Examples, order: torch.Generator) -> float:
         """Train parameters for the local epochs or steps. Returns the mean loss of an example."""
         args, accelerator = self._args, self._accelerator
-        optimizer = args.build_optimizer(self._optimizer_groups(parameters))
+        optimizer = args.build_optimizer(optimizer_groups(parameters, self._groups, args))
         scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=_INITIAL_LOSS_SCALE, enabled=args.fp16)
         factors = factor_pairs(self._model) if args.precondition else []
         total = torch.zeros((), device=accelerator.device)
         seen = 0
-        for rows in self._batches(len(examples), order):
+        for rows in local_batches(len(examples), args, order):
             batch = examples.batch(rows)
-            with accelerator.autocast(), self._norms_frozen(len(rows) == 1):
+            with accelerator.autocast(), norms_frozen(self._norms, len(rows) == 1):
                 loss = self._forward(batch).loss
             scaler.scale(loss).backward()
             if factors or args.max_grad_norm is not None:
@@ -141,43 +131,6 @@ class LocalTraining:
             total += loss.detach() * len(rows)
             seen += len(rows)
         return float(total) / seen
-
-    def _optimizer_groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-        """Base, adaptors and router, each with its own learning rate; the router has no weight decay."""
-        args = self._args
-        rates = {
-            "base": args.learning_rate,
-            "adaptor": args.learning_rate if args.adaptor_learning_rate is None else args.adaptor_learning_rate,
-            "router": args.learning_rate if args.router_learning_rate is None else args.router_learning_rate,
-        }
-        rates["shared_adaptor"] = rates["adaptor"]
-        groups = []
-        for kind, rate in rates.items():
-            held = [parameter for name, parameter in parameters.items() if self._groups.roles[name].kind == kind]
-            if held:
-                # Always said: an optimiser may have a decay of its own, as AdamW has.
-                groups.append(
-                    {"params": held, "lr": rate, "weight_decay": 0.0 if kind == "router" else args.weight_decay}
-                )
-        return groups
-
-    def _batches(self, num_examples: int, order: torch.Generator) -> Iterator[Tensor]:
-        epochs = repeat(None) if self._args.local_steps else repeat(None, self._args.local_epochs)
-        size = self._args.per_device_train_batch_size
-        batches = chain.from_iterable(shuffled_batches(num_examples, size, order) for _ in epochs)
-        return islice(batches, self._args.local_steps)
-
-    @contextmanager
-    def _norms_frozen(self, frozen: bool) -> Iterator[None]:
-        """Batch norm cannot train on one example, which has no variance: it takes its running statistics then."""
-        changed = [module for module in self._norms if module.training] if frozen else []
-        for module in changed:
-            module.eval()
-        try:
-            yield
-        finally:
-            for module in changed:
-                module.train()
 
     def _usage(self, num_examples: int) -> Tensor | None:
         """π̂ᵏ_c Nᵏ, shape (L, C)."""

@@ -182,7 +182,7 @@ def test_a_large_split_is_fetched_batch_by_batch(monkeypatch: pytest.MonkeyPatch
     whole = Examples(data, default_data_collator, CPU).batch(torch.tensor([5, 2]))
     monkeypatch.setattr(batches, "RESIDENT_BYTES", 100)
     piecewise = Examples(data, default_data_collator, CPU)
-    assert piecewise._columns is None
+    assert piecewise.columns is None
     assert all(torch.equal(piecewise.batch(torch.tensor([5, 2]))[name], whole[name]) for name in whole)
 
 

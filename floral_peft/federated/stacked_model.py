@@ -1,0 +1,87 @@
+"""One model as many: some of its tensors stacked over clients, the others shared by all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from floral_peft.federated.batches import Batch
+from floral_peft.federated.draws import ClientDraws
+from floral_peft.federated.forward import Forward
+from floral_peft.federated.stacked_optimizer import Chosen
+
+
+Stack = dict[str, Tensor]
+"""Name in the model → one tensor per client, (clients, ...)."""
+
+
+class StackedModel:
+    """Runs a model for several clients at once, each with its own tensors.
+
+    Args:
+        model: The model.
+        forward: Calls it on a batch.
+        accelerator: Autocast.
+        tensors: Those of its parameters and buffers that differ between clients. They are changed in place.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, accelerator: Accelerator, tensors: Stack) -> None:
+        self._scope = _Scope(model)
+        self._model: Any = model
+        self._forward = forward
+        self._accelerator = accelerator
+        self.tensors = tensors
+
+    def gradients(
+        self, names: Sequence[str], chosen: Chosen, batch: Batch, generators: Sequence[torch.Generator]
+    ) -> tuple[Stack, Tensor]:
+        """Gradients of some clients' losses. Running statistics move, as in any forward pass.
+
+        Args:
+            names: The parameters that are asked for.
+            chosen: The clients.
+            batch: Their batches, (clients, examples, ...).
+            generators: Their random generators.
+
+        Returns:
+            Parameter → its gradient (clients, ...), and the mean loss of each client's batch, (clients,).
+        """
+        part = {name: tensor[chosen] for name, tensor in self.tensors.items()}
+        wanted = {name: part[name] for name in names}
+        others = {name: tensor for name, tensor in part.items() if name not in wanted}
+        clients = torch.zeros(len(generators), device=next(iter(batch.values())).device)
+
+        def loss(wanted: Stack, others: Stack, batch: Batch, client: Tensor) -> Tensor:
+            with ClientDraws(client, generators):
+                return self._within({**wanted, **others}, lambda: self._forward(batch).loss)
+
+        with self._accelerator.autocast():
+            gradients, losses = vmap(grad_and_value(loss))(wanted, others, batch, clients)
+        if isinstance(chosen, Tensor):
+            for name in others:
+                self.tensors[name][chosen] = others[name]
+        return gradients, losses.detach()
+
+    @torch.no_grad()
+    def mixtures(self) -> Tensor:
+        """Every client's π, (clients, C), or (clients, L, C) with a router per layer."""
+        return vmap(lambda tensors: self._within(tensors, self._model.mixture))(self.tensors)
+
+    def _within(self, tensors: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+        return functional_call(self._scope, {f"model.{name}": value for name, value in tensors.items()}, (function,))
+
+
+class _Scope(nn.Module):
+    """Something to call while `functional_call` has put other tensors into the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
