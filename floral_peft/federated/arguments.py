@@ -17,6 +17,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
 }
 
+COHORTS = ("auto", "loop", "vectorized")
+
 
 @dataclass
 class FederatedArguments:
@@ -80,6 +82,13 @@ class FederatedArguments:
         default=False,
         metadata={"help": "Train what is private first (the router), then the rest, each for the local epochs."},
     )
+    cohort: str = field(
+        default="auto",
+        metadata={
+            "help": 'How a round\'s clients train: one after the other ("loop"), many as one batched computation '
+            '("vectorized"), or whichever of the two is faster when the run begins ("auto").'
+        },
+    )
     min_clients: int = field(default=1, metadata={"help": "Fewest clients whose updates must arrive in a round."})
     max_update_norm: float | None = field(
         default=None, metadata={"help": "Clip each client's update to this L2 norm. No clipping by default."}
@@ -132,6 +141,8 @@ class FederatedArguments:
                 raise TypeError(f"{item.name}={getattr(self, item.name)!r} must be True or False.")
         if self.bf16 and self.fp16:
             raise ValueError("bf16=True and fp16=True exclude each other: choose one.")
+        if self.cohort not in COHORTS:
+            raise ValueError(f"cohort={self.cohort!r} must be one of {', '.join(COHORTS)}.")
         self.resume_from_checkpoint = self._read_resume_from_checkpoint()
         self.clients_per_round = self._read_clients_per_round()
         self.optimizer_kwargs = self._read_dict("optimizer_kwargs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,10 @@ class Examples:
         dataset: The split.
         collator: Makes a batch (a dictionary) from a list of examples.
         device: Where the batches go.
-        resident: Splits up to this many bytes are turned into tensors at once.
+        resident: Splits up to this many bytes are held in memory as a whole.
 
     Attributes:
-        columns: The whole split on the device by column, where it was turned into tensors at once.
+        arrays: The whole split by column, where it is in memory. Not to be written to: it may be Arrow's.
 
     Raises:
         ValueError: The default collator cannot tell which column holds the labels, or they are text.
@@ -50,12 +50,13 @@ class Examples:
         self._dataset = dataset
         self._collator = collator
         self._device = device
-        self.columns: dict[str, Tensor] | None = None
+        self.arrays: dict[str, np.ndarray] | None = None
+        self._columns: dict[str, Tensor] | None = None
         if collator is default_data_collator and dataset.format["type"] in (None, "torch"):
             _check_labels(dataset)
             self._collator = _stack
-            self.columns = _as_tensors(dataset, device, resident)
-            if self.columns is None:
+            self.arrays = _as_arrays(dataset, resident)
+            if self.arrays is None:
                 self._dataset = dataset.with_format("torch", columns=dataset.format["columns"])
 
     def __len__(self) -> int:
@@ -71,8 +72,10 @@ class Examples:
             TypeError: The collator does not return a mapping.
             ValueError: The default collator cannot stack the examples.
         """
-        if self.columns is not None:
-            return select_rows(self.columns, rows.to(self._device))
+        if self.arrays is not None:
+            if self._columns is None:
+                self._columns = as_columns([self.arrays], self._device)
+            return select_rows(self._columns, rows.to(self._device))
         batch = self._collator(self._dataset.__getitems__(rows.tolist()))
         if not hasattr(batch, "items"):
             raise TypeError(f"data_collator must return a dictionary of tensors, got {type(batch).__name__}.")
@@ -107,24 +110,30 @@ def select_rows(columns: Mapping[str, Tensor], rows: Tensor) -> Batch:
     return {name: column.index_select(0, rows) for name, column in columns.items()}
 
 
-def _as_tensors(dataset: Dataset, device: torch.device, resident: int) -> dict[str, Tensor] | None:
+def as_columns(splits: Sequence[Mapping[str, np.ndarray]], device: torch.device) -> dict[str, Tensor]:
+    """Splits with the same columns, one after the other, as tensors on the device."""
+    joined = {name: np.concatenate([arrays[name] for arrays in splits]) for name in splits[0]}  # copies in any case
+    return {name: torch.from_numpy(values).to(device) for name, values in joined.items()}
+
+
+def _as_arrays(dataset: Dataset, resident: int) -> dict[str, np.ndarray] | None:
     """All columns as `default_data_collator` would make them of all rows: text is left out, labels are renamed.
 
     Returns:
-        Name → tensor, or None where a column is more than numbers of one shape, or the split is too large.
+        Name → array, or None where a column is more than numbers of one shape, or the split is too large.
     """
     typed = dataset.with_format("arrow", columns=dataset.format["columns"])
     if len(dataset) == 0 or typed[:1].nbytes * len(dataset) > resident:
         return None
     table = typed[:]
-    columns: dict[str, Tensor] = {}
+    columns: dict[str, np.ndarray] = {}
     for name in table.column_names:
         if pa.types.is_string(table[name].type) or pa.types.is_large_string(table[name].type):
             continue
         values = _as_array(table[name].combine_chunks())
         if values is None:
             return None
-        columns["labels" if name in ("label", "label_ids") else name] = torch.from_numpy(values).to(device)
+        columns["labels" if name in ("label", "label_ids") else name] = values
     return columns
 
 
@@ -155,7 +164,7 @@ def _as_array(column: pa.Array) -> np.ndarray | None:
         (pa.types.is_boolean, np.bool_),
     ):
         if is_kind(column.type):
-            return column.to_numpy(zero_copy_only=False).astype(dtype).reshape(shape)
+            return column.to_numpy(zero_copy_only=False).astype(dtype, copy=False).reshape(shape)
     return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -31,18 +33,40 @@ from floral_peft.tuner import factor_pairs
 
 logger = logging.getLogger(__name__)
 
-#: What a client sends and what it keeps.
-Trained = tuple[ClientUpdate, PrivateState]
+#: What comes of a client's local training: what it sends and what it keeps, or what it raised.
+Outcome = tuple[ClientUpdate, PrivateState] | Exception
 
-#: A client's training examples and its private tensors.
+#: Gives a client's training examples and its private tensors. If it raises, that is the client's loss.
 Load = Callable[[ClientId], tuple[Dataset, PrivateState]]
 
-#: Bytes of a chunk's tensors: parameters, their gradients, the optimiser's memories.
+#: Most clients of a chunk: on a GPU more are not faster per client, on a CPU several processes want their share.
+CHUNK_CLIENTS = {"cpu": 64}
+CHUNK_CLIENTS_ELSEWHERE = 256
+#: From so many clients on, a CPU's chunks are two at least.
+SPLIT_CLIENTS = 32
+#: Bytes of a chunk's tensors: parameters, gradients, the optimiser's memories.
 CHUNK_BYTES = 2**30
-#: Most clients of a chunk. More would not be faster per client.
-CHUNK_CLIENTS = 128
-#: Bytes of a chunk's examples that are kept on the device for the chunk's whole visit.
+#: Bytes of a chunk's examples that are held in memory for the chunk's whole visit.
 RESIDENT_BYTES = 2**30
+
+
+class CohortTraining(Protocol):
+    """Local training of many clients."""
+
+    def chunks(self, client_ids: Sequence[ClientId]) -> list[list[ClientId]]:
+        """The clients in groups that one process must train together, whatever the number of processes."""
+
+    def __call__(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> Iterator[Outcome]:
+        """Train clients for one round.
+
+        Args:
+            client_ids: The clients.
+            load: Gives a client's training examples and its private tensors.
+            state: The server's state.
+
+        Yields:
+            For each client in order, what it sends and keeps, or the exception that cost it its update.
+        """
 
 
 class InTurn:
@@ -56,22 +80,11 @@ class InTurn:
         self._training = training
 
     def chunks(self, client_ids: Sequence[ClientId]) -> list[list[ClientId]]:
-        """The clients in groups that one process trains together: each is its own."""
+        """Each client is a group of its own."""
         return [[client_id] for client_id in client_ids]
 
-    def __call__(
-        self, client_ids: Sequence[ClientId], load: Load, state: ServerState
-    ) -> Iterator[Trained | Exception]:
-        """Train clients for one round.
-
-        Args:
-            client_ids: The clients.
-            load: Gives a client's training examples and its private tensors. If it raises, that is the client's loss.
-            state: The server's state.
-
-        Yields:
-            For each client in order, what it sends and keeps, or the exception that cost it its update.
-        """
+    def __call__(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> Iterator[Outcome]:
+        """Train clients for one round: see `CohortTraining`."""
         for client_id in client_ids:
             yield _attempt(self._training, client_id, load, state)
 
@@ -87,6 +100,9 @@ class SideBySide:
     A client that cannot take part, or a step that fails, costs nobody else: those clients are trained alone.
 
     Args: as of `LocalTraining`.
+
+    Attributes:
+        failure: What made clients train alone the last time, other than their own examples; None if nothing did.
 
     Raises:
         ValueError: The settings ask for something that cannot be done for many clients at once.
@@ -110,6 +126,7 @@ class SideBySide:
         self._args = args
         self._accelerator = accelerator
         self._collator = collator
+        self.failure: str | None = None
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         if args.fp16:
             raise ValueError("fp16=True scales the loss, client by client: use bf16=True")
@@ -122,30 +139,36 @@ class SideBySide:
         held = tensors_of(model)
         size = sum(held[name].numel() * held[name].element_size() for name in self._names)
         # Beside the tensors: gradients, what the server had, and up to two memories of the optimiser.
-        self._chunk_clients = max(1, min(CHUNK_CLIENTS, CHUNK_BYTES // max(1, 5 * size)))
+        most = CHUNK_CLIENTS.get(accelerator.device.type, CHUNK_CLIENTS_ELSEWHERE)
+        self._chunk_clients = max(1, min(most, CHUNK_BYTES // max(1, 5 * size)))
 
     def chunks(self, client_ids: Sequence[ClientId]) -> list[list[ClientId]]:
-        """The clients in groups that are trained together. They depend on the order and number of clients only."""
-        size = self._chunk_clients
-        return [list(client_ids[start : start + size]) for start in range(0, len(client_ids), size)]
+        """Groups of about the same size. They depend on the clients' number and order, not on the processes."""
+        count = -(-len(client_ids) // self._chunk_clients)
+        if self._accelerator.device.type == "cpu" and len(client_ids) >= SPLIT_CLIENTS:
+            count = max(count, 2)
+        bounds = [len(client_ids) * index // count for index in range(count + 1)] if count else []
+        return [list(client_ids[start:end]) for start, end in pairwise(bounds)]
 
-    def __call__(
-        self, client_ids: Sequence[ClientId], load: Load, state: ServerState
-    ) -> Iterator[Trained | Exception]:
-        """Train clients for one round: see `InTurn`."""
-        for chunk in self.chunks(client_ids):
-            found = self._train_chunk(chunk, load, state)
-            for position, client_id in enumerate(chunk):
-                # Not kept here once it is handed out.
-                yield found.pop(position) if position in found else _attempt(self._alone, client_id, load, state)
+    def __call__(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> Iterator[Outcome]:
+        """Train clients of one chunk for one round: see `CohortTraining`."""
+        try:
+            found = self._train_chunk(client_ids, load, state)
+        except Exception as error:  # as for want of memory
+            self._note(error, len(client_ids))
+            found = {}
+        for position, client_id in enumerate(client_ids):
+            # Not kept here once it is handed out.
+            yield found.pop(position) if position in found else _attempt(self._alone, client_id, load, state)
 
-    def _train_chunk(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> dict[int, Trained]:
+    def _train_chunk(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> dict[int, Outcome]:
         """What the clients of a chunk made, by position; those are missing that must be trained alone."""
         entered: list[tuple[Lane, PrivateState]] = []
         self._visitor.load({}, state)
+        held = tensors_of(self._model)
         for position, client_id in enumerate(client_ids):
             try:
-                entered.append(self._enter(position, client_id, load, state.round + 1))
+                entered.append(self._enter(position, client_id, load, held, state.round + 1))
             except Exception as error:  # told when it is trained alone
                 logger.debug("round %d: client %r cannot take part: %s", state.round + 1, client_id, error)
         if not entered:
@@ -155,15 +178,17 @@ class SideBySide:
         lanes = [lane for lane, _ in entered]
         for row, lane in enumerate(lanes):
             lane.row = row
-        stacked = self._stack([private for _, private in entered])
+        stacked = self._stack([private for _, private in entered], held)
         self._model.train()
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
-        packed = pack(lanes)
+        packed = pack(lanes, self._accelerator.device)
         for phase in training_phases(trainable, self._groups, self._args.alternating):
             losses = self._run_phase(phase, lanes, packed, stacked)
         return self._results([client_ids[lane.position] for lane in lanes], lanes, stacked, losses, state)
 
-    def _enter(self, position: int, client_id: ClientId, load: Load, round: int) -> tuple[Lane, PrivateState]:
+    def _enter(
+        self, position: int, client_id: ClientId, load: Load, held: Mapping[str, Tensor], round: int
+    ) -> tuple[Lane, PrivateState]:
         dataset, private = load(client_id)
         if len(dataset) == 0:
             raise UpdateError(f"client {client_id!r} has no training examples")
@@ -172,12 +197,10 @@ class SideBySide:
         order = torch.Generator().manual_seed(derive_seed(self._args.seed, "shuffle", round, client_id))
         resident = RESIDENT_BYTES // self._chunk_clients
         lane = Lane(position, Examples(dataset, self._collator, device, resident), generators, order)
-        self._visitor.load(private)
-        return lane, self._visitor.private()
+        return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
 
-    def _stack(self, privates: Sequence[PrivateState]) -> StackedModel:
+    def _stack(self, privates: Sequence[PrivateState], held: Mapping[str, Tensor]) -> StackedModel:
         """What the model holds, for every client, but with each client's private tensors."""
-        held = tensors_of(self._model)
         own = privates[0].keys()
         tensors: Stack = {
             name: torch.stack([private[name] for private in privates])
@@ -213,7 +236,7 @@ class SideBySide:
                     clip_stacked(gradients.values(), args.max_grad_norm)
                 optimizer.step(chosen, {trained[name]: gradients[name] for name in phase})
             except Exception as error:  # each is trained alone, and the one whose fault it is fails there
-                logger.debug("a step of %d clients failed: %s: %s", len(group), type(error).__name__, error)
+                self._note(error, len(group))
                 for lane in group:
                     lane.leave()
                 continue
@@ -229,7 +252,7 @@ class SideBySide:
         stacked: StackedModel,
         losses: Tensor,
         state: ServerState,
-    ) -> dict[int, Trained]:
+    ) -> dict[int, Outcome]:
         usages = self._usages(lanes, stacked)
         private = {name: stacked.tensors[name] for name in self._groups.private}
         deltas = {name: _difference(stacked.tensors[name], old) for name, old in state.tensors.items()}
@@ -249,6 +272,10 @@ class SideBySide:
             if not lane.failed
         }
 
+    def _note(self, error: Exception, count: int) -> None:
+        self.failure = f"{type(error).__name__}: {error}"
+        logger.info("%d clients could not be trained side by side, and are trained alone: %s", count, self.failure)
+
     def _usages(self, lanes: Sequence[Lane], stacked: StackedModel) -> Tensor | None:
         """π̂ᵏ_c Nᵏ of every client, (clients, L, C)."""
         if not self._groups.clustered:
@@ -258,12 +285,18 @@ class SideBySide:
         return mixtures.reshape(len(lanes), -1, mixtures.shape[-1]) * counts.view(-1, 1, 1)
 
 
+def _fitting(private: Tensor, held: Tensor) -> Tensor:
+    if private.shape != held.shape:
+        raise ValueError(f"the client's own tensor has shape {tuple(private.shape)}, the model's {tuple(held.shape)}")
+    return private.to(held)
+
+
 def _difference(new: Tensor, old: Tensor) -> Tensor:
     """New − old in the server's precision, where old is what the model could hold of it."""
     return new.to(old.dtype) - old.to(new.dtype)
 
 
-def _attempt(training: LocalTraining, client_id: ClientId, load: Load, state: ServerState) -> Trained | Exception:
+def _attempt(training: LocalTraining, client_id: ClientId, load: Load, state: ServerState) -> Outcome:
     try:
         return training(client_id, *load(client_id), state)
     except Exception as error:  # whatever a client's data, model code or memory does is the client's own loss

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floral_peft.federated.batches import Batch, Examples, select_rows
+from floral_peft.federated.batches import Batch, Examples, as_columns, select_rows
 from floral_peft.federated.draws import ClientGenerators
 from floral_peft.federated.stacked_optimizer import Chosen
 
@@ -88,12 +88,14 @@ class Pack:
     """The examples of several clients in one tensor per column, so that a step's batches are one selection of rows.
 
     Args:
-        lanes: Clients whose examples are on the device, with the same columns. They hold them no longer.
+        lanes: Clients whose examples are in memory, with the same columns. They hold them no longer.
+        device: Where the batches go.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        held = [lane.examples.columns for lane in lanes if lane.examples is not None and lane.examples.columns]
-        self._columns = {name: torch.cat([columns[name] for columns in held]) for name in held[0]}
+    def __init__(self, lanes: Sequence[Lane], device: torch.device) -> None:
+        held = [lane.examples.arrays for lane in lanes if lane.examples is not None and lane.examples.arrays]
+        self._columns = as_columns(held, device)
+        self._device = device
         first = 0
         for lane in lanes:
             lane.examples, lane.first_row = None, first
@@ -102,18 +104,18 @@ class Pack:
     def batch(self, lanes: Sequence[Lane]) -> Batch:
         """The lanes' next batches, (clients, examples, ...)."""
         rows = torch.cat([lane.rows for lane in lanes if lane.rows is not None])
-        found = select_rows(self._columns, rows.to(next(iter(self._columns.values())).device))
+        found = select_rows(self._columns, rows.to(self._device))
         return {name: column.unflatten(0, (len(lanes), -1)) for name, column in found.items()}
 
 
-def pack(lanes: Sequence[Lane]) -> Pack | None:
-    """A pack of these clients; None where their examples are not all tensors with the same columns."""
-    columns = [lane.examples.columns if lane.examples is not None else None for lane in lanes]
+def pack(lanes: Sequence[Lane], device: torch.device) -> Pack | None:
+    """A pack of these clients; None where their examples are not all in memory, with the same columns."""
+    splits = [lane.examples.arrays if lane.examples is not None else None for lane in lanes]
     kinds = {
-        None if held is None else tuple((name, value.dtype, value.shape[1:]) for name, value in sorted(held.items()))
-        for held in columns
+        None if split is None else tuple((name, value.dtype, value.shape[1:]) for name, value in sorted(split.items()))
+        for split in splits
     }
-    return None if len(kinds) > 1 or kinds & {None, ()} else Pack(lanes)
+    return None if len(kinds) > 1 or kinds & {None, ()} else Pack(lanes, device)
 
 
 def stacked_batch(lanes: Sequence[Lane], packed: Pack | None) -> Batch:

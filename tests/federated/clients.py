@@ -52,7 +52,13 @@ def floral_net(base: nn.Module | None = None, **config: Any) -> Any:
 
 
 def arguments(folder: Path, **settings: Any) -> FederatedArguments:
-    defaults: dict[str, Any] = {"rounds": 2, "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
+    defaults: dict[str, Any] = {
+        "rounds": 2,
+        "cohort": "loop",
+        "per_device_train_batch_size": 4,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     return FederatedArguments(output_dir=str(folder), **(defaults | settings))
 
 

@@ -13,7 +13,6 @@ from datasets import Array2D, Dataset, Features, Image, List, Value, concatenate
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, default_data_collator
 
-from floral_peft.federated import batches
 from floral_peft.federated.batches import Examples, ordered_batches, shuffled_batches
 from floral_peft.federated.forward import Forward
 
@@ -177,12 +176,11 @@ def test_a_format_that_hides_columns_is_respected() -> None:
     assert Examples(data, default_data_collator, CPU).batch(torch.tensor([0])).keys() == {"points"}
 
 
-def test_a_large_split_is_fetched_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_split_is_fetched_batch_by_batch() -> None:
     data = examples(20)
     whole = Examples(data, default_data_collator, CPU).batch(torch.tensor([5, 2]))
-    monkeypatch.setattr(batches, "RESIDENT_BYTES", 100)
-    piecewise = Examples(data, default_data_collator, CPU)
-    assert piecewise.columns is None
+    piecewise = Examples(data, default_data_collator, CPU, resident=100)
+    assert piecewise.arrays is None
     assert all(torch.equal(piecewise.batch(torch.tensor([5, 2]))[name], whole[name]) for name in whole)
 
 

@@ -1,0 +1,121 @@
+"""Whether a run's clients train in turn or side by side: as asked for, or as measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from floral_peft.federated.arguments import FederatedArguments
+from floral_peft.federated.client import LocalTraining
+from floral_peft.federated.cohort import CohortTraining, InTurn, Load, SideBySide
+from floral_peft.federated.files import write_file
+from floral_peft.federated.seeding import ClientId
+from floral_peft.federated.server import ServerState
+
+
+logger = logging.getLogger(__name__)
+
+#: Most clients, and their steps, on which both kinds are timed.
+TRIAL_CLIENTS = 32
+TRIAL_STEPS = 2
+#: Clients in turn are timed for so many seconds at most.
+TRIAL_SECONDS = 2.0
+
+#: What `LocalTraining` takes: model, visitor, forward, groups, args, accelerator, collator.
+Parts = dict[str, Any]
+
+
+def build_training(kind: str, parts: Parts) -> CohortTraining:
+    """The training of that kind: "loop" or "vectorized"."""
+    return SideBySide(**parts) if kind == "vectorized" else InTurn(LocalTraining(**parts))
+
+
+def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state: ServerState, path: Path) -> str:
+    """What `args.cohort` says, "auto" by measuring both kinds on a few steps of the first clients.
+
+    Args:
+        parts: Of the training. The clients' results, and nothing else of it, are thrown away.
+        client_ids: The first round's clients.
+        load: As of `CohortTraining`.
+        state: The server's state.
+        path: Where the choice is kept: a run that is resumed on the same kind of device does not choose again, so its
+            bits do not depend on timing.
+
+    Returns:
+        "loop" or "vectorized".
+
+    Raises:
+        ValueError: "vectorized" is asked for, but this model or these settings cannot be.
+    """
+    args: FederatedArguments = parts["args"]
+    if args.cohort == "loop":
+        return "loop"
+    device = parts["accelerator"].device.type
+    if args.cohort == "auto" and state.round:
+        kept = _read(path)
+        if kept.get("device") == device and kept.get("cohort") in ("loop", "vectorized"):
+            return str(kept["cohort"])
+        logger.warning("%s does not say how this run's clients trained: measured anew, and rounded as it may be", path)
+    few = replace(args, local_epochs=1, local_steps=TRIAL_STEPS)
+    trial = parts | {"args": few}
+    reason = _obstacle(trial, client_ids[:3], load, state)
+    if args.cohort == "vectorized":
+        if reason is not None:
+            raise ValueError(f'cohort="vectorized": {reason.rstrip(".")}. Choose cohort="auto" or "loop".')
+        return "vectorized"
+    seconds = {} if reason is not None else _seconds_per_client(trial, client_ids, load, state)
+    kind = min(seconds, key=lambda kind: seconds[kind], default="loop")
+    logger.info("clients train by cohort=%r: %s", kind, reason or f"seconds per client {seconds}")
+    found = {"cohort": kind, "device": device, "seconds_per_client": seconds, "reason": reason}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(found, indent=2).encode())
+    return kind
+
+
+def _obstacle(parts: Parts, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> str | None:
+    """Why clients cannot train side by side; None if they can."""
+    try:
+        side_by_side = SideBySide(**parts)
+    except ValueError as error:
+        return str(error)
+    outcomes = list(side_by_side(client_ids, load, state))
+    # A client that fails alone too says nothing of the model.
+    return side_by_side.failure if any(not isinstance(outcome, Exception) for outcome in outcomes) else None
+
+
+def _seconds_per_client(
+    parts: Parts, client_ids: Sequence[ClientId], load: Load, state: ServerState
+) -> dict[str, float]:
+    """Of both kinds; of one only where a chunk holds a single client."""
+    side_by_side = SideBySide(**parts)
+    some = side_by_side.chunks(client_ids)[0][:TRIAL_CLIENTS]
+    in_turn = InTurn(LocalTraining(**parts))
+    seconds = {}
+    for _ in range(2):  # the first is to warm up
+        seconds["loop"] = _time(in_turn, some, load, state)
+        if len(some) > 1:
+            seconds["vectorized"] = _time(side_by_side, some, load, state)
+    return seconds
+
+
+def _time(training: CohortTraining, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> float:
+    """Seconds per client, of as many clients as can be trained in `TRIAL_SECONDS`."""
+    began, count = time.perf_counter(), 0
+    for _ in training(client_ids, load, state):
+        count += 1
+        if time.perf_counter() - began > TRIAL_SECONDS and isinstance(training, InTurn):
+            break
+    return (time.perf_counter() - began) / count
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
