@@ -20,11 +20,18 @@ from floral_peft.federated.server import ServerState
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("loop", "vectorized")
+
 #: Most clients, and their steps, on which both kinds are timed.
 TRIAL_CLIENTS = 32
 TRIAL_STEPS = 2
 #: Clients in turn are timed for so many seconds at most.
 TRIAL_SECONDS = 2.0
+
+#: Side by side must be so many times as fast: a smaller advantage may be chance, and then differ from run to run.
+MARGIN = 1.25
+#: Fewer clients a round are not worth a trial on a CPU.
+CPU_CLIENTS = 16
 
 #: What `LocalTraining` takes: model, visitor, forward, groups, args, accelerator, collator.
 Parts = dict[str, Any]
@@ -36,11 +43,11 @@ def build_training(kind: str, parts: Parts) -> CohortTraining:
 
 
 def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state: ServerState, path: Path) -> str:
-    """What `args.cohort` says, "auto" by measuring both kinds on a few steps of the first clients.
+    """What `args.cohort` says, "auto" by measuring both kinds on a few steps of some of a round's clients.
 
     Args:
         parts: Of the training. The clients' results, and nothing else of it, are thrown away.
-        client_ids: The first round's clients.
+        client_ids: A round's clients.
         load: As of `CohortTraining`.
         state: The server's state.
         path: Where the choice is kept: a run that is resumed on the same kind of device does not choose again, so its
@@ -56,11 +63,11 @@ def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state:
     if args.cohort == "loop":
         return "loop"
     device = parts["accelerator"].device.type
-    if args.cohort == "auto" and state.round:
-        kept = _read(path)
-        if kept.get("device") == device and kept.get("cohort") in ("loop", "vectorized"):
+    if args.cohort == "auto":
+        if device == "cpu" and len(client_ids) < CPU_CLIENTS:
+            return "loop"
+        if state.round and (kept := _read(path)).get("device") == device and kept.get("cohort") in KINDS:
             return str(kept["cohort"])
-        logger.warning("%s does not say how this run's clients trained: measured anew, and rounded as it may be", path)
     few = replace(args, local_epochs=1, local_steps=TRIAL_STEPS)
     trial = parts | {"args": few}
     reason = _obstacle(trial, client_ids[:3], load, state)
@@ -69,7 +76,8 @@ def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state:
             raise ValueError(f'cohort="vectorized": {reason.rstrip(".")}. Choose cohort="auto" or "loop".')
         return "vectorized"
     seconds = {} if reason is not None else _seconds_per_client(trial, client_ids, load, state)
-    kind = min(seconds, key=lambda kind: seconds[kind], default="loop")
+    faster = "vectorized" in seconds and MARGIN * seconds["vectorized"] < seconds["loop"]
+    kind = "vectorized" if faster else "loop"
     logger.info("clients train by cohort=%r: %s", kind, reason or f"seconds per client {seconds}")
     found = {"cohort": kind, "device": device, "seconds_per_client": seconds, "reason": reason}
     path.parent.mkdir(parents=True, exist_ok=True)

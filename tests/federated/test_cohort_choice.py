@@ -1,0 +1,174 @@
+"""Which kind of training a run's clients get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from floral_peft.federated import FederatedDataset, ServerState, cohort_choice
+from floral_peft.federated.cohort import InTurn, SideBySide
+from floral_peft.federated.cohort_choice import build_training, choose_kind
+
+from .clients import examples, trainer
+
+
+class Chooser:
+    """Chooses for the clients of one trainer, as often as it is asked."""
+
+    def __init__(self, folder: Path, clients: int = 3, **settings: Any) -> None:
+        dataset = FederatedDataset({k: examples(5, seed=k) for k in range(clients)})
+        self.trainer = made = trainer(folder, "fedavg", dataset=dataset, **settings)
+        self.path = folder / "cohort.json"
+        self.parts = {
+            "model": made.model,
+            "visitor": made._visitor,
+            "forward": made._forward,
+            "groups": made._groups,
+            "args": made.args,
+            "accelerator": made.accelerator,
+            "collator": made._collator,
+        }
+
+    def load(self, client_id: Any) -> Any:
+        return self.trainer.dataset[client_id]["train"], self.trainer._private(client_id)
+
+    def choose(self, round: int = 0) -> str:
+        state = ServerState.of(self.trainer.model, self.trainer._groups)
+        state = ServerState(round, state.tensors)
+        with self.trainer._visit():
+            return choose_kind(self.parts, list(self.trainer.dataset), self.load, state, self.path)
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, loop: float, vectorized: float) -> list[str]:
+    """Let the kinds take these seconds per client. Returns the list of what was timed."""
+    seen: list[str] = []
+
+    def take(training: Any, *given: Any) -> float:
+        seen.append(type(training).__name__)
+        return loop if isinstance(training, InTurn) else vectorized
+
+    monkeypatch.setattr(cohort_choice, "CPU_CLIENTS", 2)
+    monkeypatch.setattr(cohort_choice, "_time", take)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("loop", "vectorized", "kind"), [(3.0, 1.0, "vectorized"), (1.0, 1.0, "loop"), (1, 3, "loop")]
+)
+def test_auto_keeps_the_one_that_is_clearly_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: float, vectorized: float, kind: str
+) -> None:
+    timed(monkeypatch, loop, vectorized)
+    chooser = Chooser(tmp_path, cohort="auto")
+    assert chooser.choose() == kind
+    assert json.loads(chooser.path.read_text()) == {
+        "cohort": kind,
+        "device": "cpu",
+        "seconds_per_client": {"loop": loop, "vectorized": vectorized},
+        "reason": None,
+    }
+
+
+def test_both_kinds_are_really_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cohort_choice, "CPU_CLIENTS", 2)
+    chooser = Chooser(tmp_path, cohort="auto")
+    assert chooser.choose() in ("loop", "vectorized")
+    seconds = json.loads(chooser.path.read_text())["seconds_per_client"]
+    assert seconds.keys() == {"loop", "vectorized"}
+    assert all(0 < value < 10 for value in seconds.values())
+
+
+def test_a_resumed_run_does_not_choose_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, 3.0, 1.0)
+    chooser = Chooser(tmp_path, cohort="auto")
+    assert chooser.choose() == "vectorized"
+    seen = timed(monkeypatch, 1.0, 3.0)
+    assert chooser.choose(round=1) == "vectorized"
+    assert not seen
+    assert chooser.choose(round=0) == "loop"  # a new run
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"cohort": "vectorized", "device": "cuda"}', '{"device": "cpu"}'])
+def test_a_choice_that_does_not_fit_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    timed(monkeypatch, 1.0, 3.0)
+    chooser = Chooser(tmp_path, cohort="auto")
+    chooser.path.write_text(content)
+    assert chooser.choose(round=1) == "loop"
+
+
+def test_few_clients_on_a_cpu_are_not_worth_a_trial(tmp_path: Path) -> None:
+    chooser = Chooser(tmp_path, cohort="auto")
+    assert chooser.choose() == "loop"
+    assert not chooser.path.exists()
+
+
+def _branching(outputs: Tensor, labels: Tensor) -> Tensor:
+    loss = nn.functional.cross_entropy(outputs, labels)
+    return loss if float(loss.detach()) >= 0 else -loss
+
+
+def test_auto_falls_back_to_the_loop_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, 3.0, 1.0)
+    for settings, reason in (({"loss_fn": _branching}, ".item()"), ({"optimizer": "adagrad"}, "optimizer='adagrad'")):
+        chooser = Chooser(tmp_path, cohort="auto", **settings)
+        assert chooser.choose() == "loop"
+        assert reason in json.loads(chooser.path.read_text())["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_fn": _branching}, r'cohort="vectorized": RuntimeError: .*Choose cohort="auto" or "loop"'),
+        ({"optimizer": "adagrad"}, r"cohort=\"vectorized\": optimizer='adagrad' is none of adam, adamw, sgd"),
+    ],
+)
+def test_vectorized_is_refused_where_it_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Chooser(tmp_path, cohort="vectorized", **settings).choose()
+
+
+def test_what_is_asked_for_is_given_without_a_trial(tmp_path: Path) -> None:
+    assert Chooser(tmp_path / "a", cohort="loop").choose() == "loop"
+    assert Chooser(tmp_path / "b", cohort="vectorized").choose() == "vectorized"
+
+
+def test_bad_examples_of_the_first_clients_are_not_the_models_fault(tmp_path: Path) -> None:
+    chooser = Chooser(tmp_path, cohort="vectorized")
+    load = chooser.load
+
+    def broken(client_id: Any) -> Any:
+        if client_id == 0:
+            raise OSError("cannot be read")
+        return load(client_id)
+
+    chooser.load = broken  # type: ignore[method-assign]
+    assert chooser.choose() == "vectorized"
+
+
+def test_the_kind_is_built_by_its_name(tmp_path: Path) -> None:
+    parts = Chooser(tmp_path).parts
+    assert isinstance(build_training("loop", parts), InTurn)
+    assert isinstance(build_training("vectorized", parts), SideBySide)
+
+
+def test_chunks_are_even_and_a_cpus_cohort_is_split_for_several_processes(tmp_path: Path) -> None:
+    training = build_training("vectorized", Chooser(tmp_path).parts)
+    assert [len(chunk) for chunk in training.chunks(range(31))] == [31]
+    assert [len(chunk) for chunk in training.chunks(range(100))] == [50, 50]
+    assert [len(chunk) for chunk in training.chunks(range(130))] == [43, 43, 44]
+    assert training.chunks([]) == []
+    assert [one for chunk in training.chunks(range(300)) for one in chunk] == list(range(300))
+
+
+def test_a_chunk_of_large_models_holds_few_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("floral_peft.federated.cohort.CHUNK_BYTES", 1000)
+    parts = Chooser(tmp_path).parts
+    size = sum(parameter.numel() * 4 for parameter in parts["model"].parameters())
+    assert size * 5 > 1000
+    assert [len(chunk) for chunk in build_training("vectorized", parts).chunks(range(3))] == [1, 1, 1]
