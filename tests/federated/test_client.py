@@ -142,7 +142,8 @@ def test_alternating_trains_the_router_first_with_the_rest_held_still(tmp_path: 
     rates["learning_rate"] = 0.1
     alternating, own_alternating = local(tmp_path, model=floral_net(init_std=0.5), alternating=True, **rates)()
     assert not any(delta.any() for delta in router_only.deltas.values())
-    assert all(torch.equal(own[name], own_alternating[name]) for name in own)
+    # (A frozen layer computes its gradients in another way.)
+    assert all(torch.allclose(own[name], own_alternating[name], atol=1e-6) for name in own)
     assert all(delta.any() for name, delta in alternating.deltas.items() if "bias" not in name)
 
 
