@@ -5,12 +5,13 @@ from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.checkpoint import CheckpointError
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.groups import Clustered, Group, ParameterGroups
+from floral_peft.federated.lock import OutputDirInUseError
 from floral_peft.federated.method import Method, get_method, method_names, register_method
 from floral_peft.federated.processes import ProcessError
 from floral_peft.federated.rounds import RoundReport, TooFewClientsError
 from floral_peft.federated.seeding import ClientId
+from floral_peft.federated.segments import StoreError
 from floral_peft.federated.server import ServerState
-from floral_peft.federated.store import StoreError
 from floral_peft.federated.trainer import FederatedTrainer
 
 
@@ -24,6 +25,7 @@ __all__ = [
     "FederatedTrainer",
     "Group",
     "Method",
+    "OutputDirInUseError",
     "ParameterGroups",
     "ProcessError",
     "RoundReport",

@@ -3,42 +3,70 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from floral_peft.federated.files import digest, sync, write_file
+from floral_peft.federated.files import digest, file_digest, is_temporary, remove, sync, write_file
 from floral_peft.federated.identity import Identity, differing
 from floral_peft.federated.server import ServerState
 
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MANIFEST = "manifest.json"
 _TENSORS, _OPTIMIZER, _STATE = "server/tensors.safetensors", "server/optimizer.safetensors", "server/state.json"
+_MOST_JSON = 2**28  # bytes; a file that claims to be larger is not read
+#: What may run code when it is loaded, by its suffix. No such file is ever opened.
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+#: What damaged or foreign JSON and safetensors raise.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, incomplete, damaged, or not of this run."""
+    """A checkpoint is missing, incomplete, damaged, or not of this run; or it cannot be written."""
 
 
-def save_checkpoint(output_dir: Path, state: ServerState, run: Identity) -> Path:
-    """Save the server's state as `checkpoint-<round>`. It counts as a checkpoint once its manifest is there.
+@dataclass(frozen=True)
+class Checkpoint:
+    """All from which a run goes on.
+
+    Args:
+        server: The server's state.
+        private: Names of the files that hold the clients' private state of that round, which stays where it is.
+        trainer: What else the trainer remembers, as JSON holds it.
+    """
+
+    server: ServerState
+    private: Sequence[str] = ()
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, run: Identity) -> Path:
+    """Save a checkpoint as `checkpoint-<round>`. It counts as one once its manifest is there.
 
     Args:
         output_dir: The run's folder.
-        state: The state; its tensors are the public ones, so nothing private can be saved.
+        checkpoint: The state. The server's tensors are the public ones, so nothing private can be saved.
         run: What defines the run, to refuse another one when resuming.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: The disk is full, or does not let us write. Checkpoints of other rounds are as they were.
     """
+    state = checkpoint.server
     folder = output_dir / f"checkpoint-{state.round}"
-    (folder / _MANIFEST).unlink(missing_ok=True)
-    (folder / "server").mkdir(parents=True, exist_ok=True)
     memory = {
         (name, key): value for name, entries in sorted(state.optimizer.items()) for key, value in entries.items()
     }
@@ -49,20 +77,26 @@ def save_checkpoint(output_dir: Path, state: ServerState, run: Identity) -> Path
         "run": run,
         "optimizer_tensors": list(tensors),
         "optimizer_values": [[*path, value] for path, value in memory.items() if path not in tensors],
+        "private": list(checkpoint.private),
+        "trainer": checkpoint.trainer,
     }
     contents = {
         _TENSORS: save(_on_cpu(state.tensors)),
         _OPTIMIZER: save(_on_cpu({str(index): value for index, value in enumerate(tensors.values())})),
         _STATE: json.dumps(document, indent=1).encode(),
     }
-    for name, content in contents.items():
-        write_file(folder / name, content)
-    manifest = {"files": {name: digest(content) for name, content in contents.items()}}
-    write_file(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    files = {name: {"size": len(content), "sha256": digest(content)} for name, content in contents.items()}
+    with _writing(folder):
+        _remove_incomplete(folder)
+        (folder / "server").mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_file(folder / name, content)
+        write_file(folder / _MANIFEST, json.dumps({"files": files}, indent=1).encode())
+        sync(output_dir)
     return folder
 
 
-def load_checkpoint(folder: Path, reference: ServerState, run: Identity) -> ServerState:
+def load_checkpoint(folder: Path, reference: ServerState, run: Identity) -> Checkpoint:
     """Load a checkpoint that `save_checkpoint` wrote.
 
     Args:
@@ -73,30 +107,38 @@ def load_checkpoint(folder: Path, reference: ServerState, run: Identity) -> Serv
     Raises:
         CheckpointError: The checkpoint is incomplete, damaged, or of another model, method or setting.
     """
-    contents = _read_checked(folder)
-    document = json.loads(contents[_STATE])
-    saved_run = document.get("run")
-    if not isinstance(saved_run, dict):
-        raise CheckpointError(f"{folder} does not say which run it is of: it was not written by this version.")
-    name = differing(saved_run, run)
-    if name is not None:
-        raise CheckpointError(
-            f"{folder} is of another run: {name} was {saved_run[name]!r}, now it is {run[name]!r}. Resume with the "
-            "settings that it began with, or train anew in another output_dir."
-        )
-    tensors = load(contents[_TENSORS])
-    _check_tensors(folder, tensors, reference.tensors)
-    devices = {name: value.device for name, value in reference.tensors.items()}
-    memory: dict[str, dict[str, Any]] = {}
-    saved = load(contents[_OPTIMIZER])
-    for index, (tensor, key) in enumerate(document["optimizer_tensors"]):
-        value = saved[str(index)]
-        # Step counters stay on the CPU, where torch.optim keeps them.
-        memory.setdefault(tensor, {})[key] = value if value.ndim == 0 else value.to(devices[tensor])
-    for tensor, key, value in document["optimizer_values"]:
-        memory.setdefault(tensor, {})[key] = value
-    on_device = {name: tensors[name].to(devices[name]) for name in reference.tensors}
-    return ServerState(int(document["round"]), on_device, memory)
+    document = _read_state(folder)
+    try:
+        saved_run = document.get("run")
+        if not isinstance(saved_run, dict):
+            raise CheckpointError(f"{folder} does not say which run it is of: it was not written by this version.")
+        name = differing(saved_run, run)
+        if name is not None:
+            raise CheckpointError(
+                f"{folder} is of another run: {name} was {saved_run[name]!r}, now it is {run[name]!r}. Resume with "
+                "the settings that it began with, or train anew in another output_dir."
+            )
+        server = ServerState(int(document["round"]), _read_tensors(folder, reference), _read_memory(folder, document))
+        memory = {name: _placed(entries, reference.tensors[name]) for name, entries in server.optimizer.items()}
+        server = ServerState(server.round, server.tensors, memory)
+        return Checkpoint(server, [str(name) for name in document["private"]], dict(document["trainer"]))
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+
+
+def private_files(output_dir: Path, rounds: Collection[int]) -> dict[int, list[str]]:
+    """The names of the files of private state that checkpoints need, by their rounds.
+
+    A damaged checkpoint is left out, and the log says so: the run cannot come back to it in any case.
+    """
+    found: dict[int, list[str]] = {}
+    for round in rounds:
+        try:
+            document = _read_state(output_dir / f"checkpoint-{round}", checked=(_STATE,))
+            found[round] = [str(name) for name in document["private"]]
+        except (CheckpointError, *_UNREADABLE) as error:
+            logger.warning("%s", error)
+    return found
 
 
 def checkpoint_rounds(output_dir: Path) -> list[int]:
@@ -124,7 +166,9 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | Path | bool)
         return output_dir / f"checkpoint-{rounds[-1]}"
     folder = Path(str(resume_from_checkpoint))
     if not (folder / _MANIFEST).is_file():
-        raise CheckpointError(f"resume_from_checkpoint={str(folder)!r} is not a complete checkpoint.")
+        pickled = [path.name for path in (folder, *_inside(folder)) if path.suffix in _PICKLED]
+        hint = f" {pickled[0]} may run any code when it is loaded: only JSON and safetensors are." if pickled else ""
+        raise CheckpointError(f"resume_from_checkpoint={str(folder)!r} is not a complete checkpoint.{hint}")
     if folder.resolve().parent != output_dir.resolve():
         raise CheckpointError(
             f"resume_from_checkpoint={str(folder)!r} is not in output_dir={str(output_dir)!r}, where its clients' "
@@ -133,48 +177,133 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | Path | bool)
     return folder
 
 
-def prune_checkpoints(output_dir: Path, keep: int | None) -> None:
-    """Delete the oldest checkpoints but `keep` (None: keep all)."""
-    _delete(output_dir, [] if keep is None else checkpoint_rounds(output_dir)[:-keep])
+def prune_checkpoints(output_dir: Path, keep: int | None, spare: Collection[int] = ()) -> None:
+    """Delete the oldest checkpoints.
+
+    Args:
+        output_dir: The run's folder.
+        keep: How many stay; None: all.
+        spare: Rounds whose checkpoints stay among them, such as the best one's.
+    """
+    if keep is None:
+        return
+    rounds = checkpoint_rounds(output_dir)
+    others = [round for round in rounds if round not in spare]
+    excess = len(rounds) - max(keep, 1 + len(rounds) - len(others))  # the newest stays beside those that are spared
+    _delete(output_dir, others[: max(0, excess)])
 
 
 def discard_checkpoints(output_dir: Path, after: int) -> None:
-    """Delete the checkpoints after a round, to which a run that goes on from it cannot go back any more."""
+    """Delete the checkpoints after a round, to which a run that goes on from it cannot go back any more.
+
+    With them go what checkpoints a crash has left incomplete.
+    """
     _delete(output_dir, [round for round in reversed(checkpoint_rounds(output_dir)) if round > after])
+    for folder in _inside(output_dir):
+        if _NAME.fullmatch(folder.name) and not (folder / _MANIFEST).is_file():
+            _remove_incomplete(folder)
 
 
 def _delete(output_dir: Path, rounds: list[int]) -> None:
     """All of them stop being checkpoints, in this order and on the disk, before the first file is deleted."""
     folders = [output_dir / f"checkpoint-{round}" for round in rounds]
     for folder in folders:
-        (folder / _MANIFEST).unlink()
+        remove(folder / _MANIFEST)
         sync(folder)
     for folder in folders:
-        shutil.rmtree(folder)
+        remove(folder)
 
 
-def _read_checked(folder: Path) -> dict[str, bytes]:
+def _remove_incomplete(folder: Path) -> None:
+    """Delete what we wrote of a checkpoint, and the folder unless there is something else in it."""
+    if not folder.is_dir():
+        return
+    remove(folder / _MANIFEST)
+    for path in _inside(folder):
+        if path.name == "server" or is_temporary(path):
+            remove(path)
+    if not _inside(folder):
+        remove(folder)
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error.strerror}. The checkpoints before it are as they were: make room and "
+            "resume from the newest."
+        ) from error
+
+
+def _read_state(folder: Path, checked: Sequence[str] = (_TENSORS, _OPTIMIZER, _STATE)) -> dict[str, Any]:
+    """A checkpoint's JSON, once the digests of its files are found right. Large files are not held in memory."""
+    try:
+        if (folder / _MANIFEST).stat().st_size > _MOST_JSON:
+            raise ValueError("the manifest is too large")
         files = json.loads((folder / _MANIFEST).read_bytes())["files"]
-        contents = {name: (folder / name).read_bytes() for name in (_TENSORS, _OPTIMIZER, _STATE)}
-        damaged = [name for name, content in contents.items() if digest(content) != files[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = {name: (files[name]["size"], files[name]["sha256"]) for name in checked}
+        damaged = [
+            name
+            for name, (size, sha256) in named.items()
+            if (folder / name).stat().st_size != size or file_digest(folder / name) != sha256
+        ]
+        if named[_STATE][0] > _MOST_JSON:
+            damaged.append(_STATE)
+    except _UNREADABLE as error:
         raise CheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
     if damaged:
         raise CheckpointError(f"{folder} is damaged: the digests of {damaged} do not match; use an older checkpoint.")
-    return contents
+    try:
+        document = json.loads((folder / _STATE).read_bytes())
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder} is damaged: {_STATE}: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{folder} is damaged: {_STATE} is no JSON object.")
+    return document
 
 
-def _check_tensors(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if found.keys() != expected.keys():
-        differing = sorted(found.keys() ^ expected.keys())[:5]
-        raise CheckpointError(f"{folder} is of another model: the tensors {differing} are not in both.")
-    for name, value in expected.items():
-        if (found[name].shape, found[name].dtype) != (value.shape, value.dtype):
-            raise CheckpointError(
-                f"{folder} is of another model: {name} is {tuple(found[name].shape)} {found[name].dtype}, "
-                f"expected {tuple(value.shape)} {value.dtype}."
-            )
+def _read_tensors(folder: Path, reference: ServerState) -> dict[str, Tensor]:
+    """The public tensors. Their names, shapes and dtypes are compared before any of them is read."""
+    with safe_open(folder / _TENSORS, framework="pt") as file:
+        names = set(file.keys())
+        if names != reference.tensors.keys():
+            others = sorted(names ^ reference.tensors.keys())[:5]
+            raise CheckpointError(f"{folder} is of another model: the tensors {others} are not in both.")
+        for name, value in reference.tensors.items():
+            shape, expected = tuple(file.get_slice(name).get_shape()), tuple(value.shape)
+            if shape != expected:
+                raise CheckpointError(f"{folder} is of another model: {name} is {shape}, expected {expected}.")
+        found = {name: file.get_tensor(name).to(value.device, copy=True) for name, value in reference.tensors.items()}
+    for name, value in reference.tensors.items():
+        dtype = found[name].dtype
+        if dtype != value.dtype:
+            raise CheckpointError(f"{folder} is of another model: {name} is {dtype}, expected {value.dtype}.")
+    return found
+
+
+def _read_memory(folder: Path, document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The server optimiser's state, on the CPU."""
+    memory: dict[str, dict[str, Any]] = {}
+    with safe_open(folder / _OPTIMIZER, framework="pt") as file:
+        for index, (name, key) in enumerate(document["optimizer_tensors"]):
+            memory.setdefault(name, {})[key] = file.get_tensor(str(index)).clone()
+    for name, key, value in document["optimizer_values"]:
+        memory.setdefault(name, {})[key] = value
+    return memory
+
+
+def _placed(memory: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """An optimiser's state of a parameter, where torch.optim keeps it: step counters stay on the CPU."""
+    return {
+        key: value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value
+        for key, value in memory.items()
+    }
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

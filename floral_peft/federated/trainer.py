@@ -22,10 +22,12 @@ from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
 from floral_peft.federated.checkpoint import (
+    Checkpoint,
     checkpoint_rounds,
     discard_checkpoints,
     find_checkpoint,
     load_checkpoint,
+    private_files,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -36,6 +38,7 @@ from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_c
 from floral_peft.federated.forward import Forward, LossFunction
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.identity import Identity, differing, identity
+from floral_peft.federated.lock import locked
 from floral_peft.federated.method import Method, get_method
 from floral_peft.federated.precision import TrainerAccelerator
 from floral_peft.federated.probe import probe
@@ -173,11 +176,18 @@ class FederatedTrainer:
             `TrainOutput(global_step, training_loss, metrics)`, where a step is a round.
 
         Raises:
-            CheckpointError: There is no such checkpoint, or it does not load.
+            CheckpointError: There is no such checkpoint, it does not load, or one cannot be written.
+            OutputDirInUseError: Another trainer is training in `output_dir`.
+            StoreError: The clients' private state is damaged, or cannot be written.
             TooFewClientsError: In some round fewer than `min_clients` updates arrived.
             ValueError: `output_dir` holds an earlier run, or the examples do not fit the model.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        with ExitStack() as stack:
+            self.processes.on_main(partial(stack.enter_context, locked(self.output_dir)))
+            return self._train(wanted)
+
+    def _train(self, wanted: str | Path | bool | None) -> TrainOutput:
         server = self._first_state(wanted)
         if self.args.eval_steps is not None and not any(self.dataset.num_examples(k, "test") for k in self.dataset):
             raise ValueError(f"eval_steps={self.args.eval_steps}: {_NO_TEST}")
@@ -318,18 +328,16 @@ class FederatedTrainer:
             cohort = self._cohort(server.round + 1)
             clock.reset()
             try:
-                server, report = run_round(
-                    server, cohort, train, self._store.put, self._settings, self.processes, clock
-                )
+                new, report = run_round(server, cohort, train, self._store.put, self._settings, self.processes, clock)
+                self.processes.on_main(self._commit)
+                clock.lap("store")
+                server = new
             except BaseException:
                 self._store.rollback()
                 raise
             finally:
                 self._rest(server)
             clock.lap("server step")
-            if self.processes.is_main:
-                self._store.commit(checkpoint_rounds(self.output_dir))
-            clock.lap("store")
             reports.append(report)
             self._end_round(server, report)
         self._event("on_train_end")
@@ -381,7 +389,7 @@ class FederatedTrainer:
 
     def _private(self, client_id: ClientId) -> PrivateState:
         """A client's private tensors: as it stored them, or those with which it starts."""
-        stored = self._store.get(client_id, self._round)
+        stored = self._store.get(client_id)
         if stored is not None:
             return stored
         if self._routers is None:
@@ -390,7 +398,7 @@ class FederatedTrainer:
 
     def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
         """The routers, (1, L, C), of the clients that have trained."""
-        stored = ((k, self._store.get(k, self._round)) for k in (self.dataset if self.processes.is_main else ()))
+        stored = ((client_id, self._store.get(client_id)) for client_id in self._store.clients())
         found = [(client_id, {name: state[name]}) for client_id, state in stored if state is not None]
         told = found if self.processes.count == 1 else unpack_states(self.processes.broadcast(pack_states(found)))
         return {client_id: state[name] for client_id, state in told}
@@ -423,7 +431,7 @@ class FederatedTrainer:
             resume = find_checkpoint(self.output_dir, wanted) if wanted else None
             if resume is None and not self.args.overwrite_output_dir:
                 self._check_output_dir()
-            return (held if resume is None else load_checkpoint(resume, held, mine)).to_message()
+            return (held if resume is None else load_checkpoint(resume, held, mine).server).to_message()
 
         mains = self.processes.broadcast((mine, {}))[0]
         if (name := differing(mains, mine)) is not None:
@@ -435,9 +443,14 @@ class FederatedTrainer:
 
     def _go_back(self, round: int) -> None:
         """Forget what an earlier run has written after a round."""
+        kept = private_files(self.output_dir, [k for k in checkpoint_rounds(self.output_dir) if k <= round])
+        self._store.restore(kept[round] if round else (), kept)
         discard_checkpoints(self.output_dir, after=round)
-        self._store.rewind(round)
+        self._store.sweep()
         self._records.start(round)
+
+    def _commit(self) -> None:
+        self._store.commit(checkpoint_rounds(self.output_dir))
 
     def _install_routers(self) -> None:
         """Put the clients' routers into the model's table, in every process."""
@@ -459,8 +472,8 @@ class FederatedTrainer:
         self._event("on_save")
 
     def _write_checkpoint(self, server: ServerState) -> None:
-        self._store.flush()
-        save_checkpoint(self.output_dir, server, self._identity)
+        checkpoint = Checkpoint(server, private=self._store.snapshot(server.round))
+        save_checkpoint(self.output_dir, checkpoint, self._identity)
         prune_checkpoints(self.output_dir, self.args.save_total_limit)
 
     def _log(self, logs: Mapping[str, Any]) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from floral_peft.federated import CheckpointError, ServerState, StoreError
 from floral_peft.federated.checkpoint import (
+    Checkpoint,
     checkpoint_rounds,
     find_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from floral_peft.federated.files import write_file
+from floral_peft.federated.files import digest, write_file
+from floral_peft.federated.segments import SegmentDraft
 from floral_peft.federated.store import PrivateStore
 
 
@@ -30,85 +35,201 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+def numbers(store: PrivateStore) -> dict[Any, int]:
+    """What a store holds of `value(number)`, by client."""
+    states = {client_id: store.get(client_id) for client_id in store.clients()}
+    return {client_id: int(state["router"][0]) for client_id, state in states.items() if state is not None}
+
+
+def played(store: PrivateStore, rounds: Iterable[int], cohort: Callable[[int], list[Any]]) -> PrivateStore:
+    """After a round, each of its clients holds the round's number."""
+    for round in rounds:
+        for client_id in cohort(round):
+            store.put(client_id, round, value(round))
+        store.commit()
+    return store
+
+
 def test_a_client_gets_back_what_it_stored_last(tmp_path: Path) -> None:
     store = PrivateStore(tmp_path)
-    assert store.get("a", 9) is None
-    store.put("a", 1, value(1.0))
-    store.commit()
-    store.put("a", 3, value(3.0))
-    store.commit()
-    assert torch.equal(store.get("a", 9)["router"], value(3.0)["router"])  # type: ignore[index]
+    assert store.get("a") is None
+    played(store, (1, 3), lambda round: ["a"])
+    assert numbers(store) == {"a": 3}
     assert len(files(tmp_path)) == 1
 
 
-def test_until_a_round_is_committed_the_version_before_it_stays(tmp_path: Path) -> None:
-    store = PrivateStore(tmp_path)
-    store.put("a", 1, value(1.0))
-    store.commit()
+def test_until_a_round_is_committed_the_state_before_it_counts(tmp_path: Path) -> None:
+    store = played(PrivateStore(tmp_path), [1], lambda round: ["a"])
     store.put("a", 2, value(2.0))
-    assert int(store.get("a", 1)["router"][0]) == 1  # type: ignore[index]
+    store.put("b", 2, value(2.0))
+    assert numbers(store) == {"a": 1}
     store.rollback()
-    assert int(store.get("a", 2)["router"][0]) == 1  # type: ignore[index]
+    store.commit()
+    assert numbers(store) == {"a": 1}
     assert len(files(tmp_path)) == 1
 
 
-def test_versions_that_checkpoints_need_are_kept_and_no_others(tmp_path: Path) -> None:
+def test_a_round_is_one_file_and_a_repeated_client_counts_once(tmp_path: Path) -> None:
     store = PrivateStore(tmp_path)
-    for round in range(1, 10):
-        store.put("a", round, value(round))
-        store.commit([c for c in (2, 5) if c < round])
-    found = [store.get("a", round) for round in (2, 5, 9)]
-    assert [int(state["router"][0]) for state in found if state] == [2, 5, 9]
-    assert len(files(tmp_path)) == 3
-
-
-def test_rewinding_forgets_what_came_later(tmp_path: Path) -> None:
-    store = PrivateStore(tmp_path)
-    for round in (1, 2, 3):
-        store.put("a", round, value(round))
-        store.commit([1, 2])
-    store.rewind(2)
-    assert int(store.get("a", 99)["router"][0]) == 2  # type: ignore[index]
-    store.rewind(0)
-    assert store.get("a", 99) is None
-
-
-def test_rewinding_touches_no_files_of_others(tmp_path: Path) -> None:
-    (tmp_path / "ab" / "c").mkdir(parents=True)
-    (tmp_path / "ab" / "c" / "letter.txt").write_text("mine")
-    PrivateStore(tmp_path).rewind(0)
-    assert (tmp_path / "ab" / "c" / "letter.txt").read_text() == "mine"
-
-
-def test_a_repeated_round_replaces_its_first_version(tmp_path: Path) -> None:
-    store = PrivateStore(tmp_path)
-    store.put("a", 1, value(1.0))
-    store.put("a", 1, value(2.0))
-    store.commit([1])
-    assert int(store.get("a", 1)["router"][0]) == 2  # type: ignore[index]
+    clients: list[Any] = ["a", "b", "a", 1, "1"]
+    for number, client_id in enumerate(clients):
+        store.put(client_id, 1, value(number))
+    store.commit()
+    assert numbers(store) == {"a": 2, "b": 1, 1: 3, "1": 4}
     assert len(files(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:3], lambda b: b"", lambda b: b[:-1] + b"\x7f"])
-def test_a_damaged_file_is_an_error_and_never_a_new_client(tmp_path: Path, damage: Any) -> None:
+def test_a_checkpoints_state_comes_back_and_what_it_needs_is_kept_as_long_as_it_is_there(tmp_path: Path) -> None:
     store = PrivateStore(tmp_path)
-    store.put("hamlet", 1, value(1.0))
+    played(store, (1, 2), lambda round: ["a", "b"] if round == 1 else ["b", "c"])
+    saved = {2: store.snapshot(2)}
+    for round in (3, 4, 5):
+        for client_id in ("a", "c", "d"):
+            store.put(client_id, round, value(round))
+        store.commit([2])
+    again = PrivateStore(tmp_path)
+    again.restore(saved[2], saved)
+    assert numbers(again) == {"a": 1, "b": 2, "c": 2}
+    again.sweep()
+    assert sorted(path.name for path in files(tmp_path)) == sorted(saved[2])
+    played(again, [3], lambda round: ["a", "b", "c"])  # and no checkpoint is told
+    assert numbers(again) == {"a": 3, "b": 3, "c": 3}
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_restored_store_forgets_what_came_later(tmp_path: Path) -> None:
+    store = played(PrivateStore(tmp_path), (1, 2, 3), lambda round: ["a"])
+    store.put("b", 4, value(4.0))  # a killed round
+    again = PrivateStore(tmp_path)
+    assert again.holds_any()
+    again.restore()
+    assert again.holds_any()  # until the sweep, a crash costs nothing
+    again.sweep()
+    assert files(tmp_path) == []
+    assert list(again.clients()) == []
+
+
+def test_sweeping_touches_no_files_of_others(tmp_path: Path) -> None:
+    (tmp_path / "ab").mkdir()
+    for name in ("ab/letter.txt", "letter.txt"):
+        (tmp_path / name).write_text("mine")
+    PrivateStore(tmp_path).sweep()
+    assert (tmp_path / "ab" / "letter.txt").read_text() == (tmp_path / "letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(("population", "cohort"), [(100, 100), (1000, 20), (30, 1)])
+def test_files_do_not_grow_with_the_rounds(tmp_path: Path, population: int, cohort: int, checkpoints: bool) -> None:
+    rng = np.random.default_rng(0)
+    store, last, sizes = PrivateStore(tmp_path), {}, []
+    for round in range(1, 301):
+        # Some clients come often, the others hardly ever.
+        chosen = np.unique((population * rng.random(cohort) ** 3).astype(int)).tolist()
+        for client_id in chosen:
+            store.put(client_id, round, value(round))
+        last.update(dict.fromkeys(chosen, round))
+        store.commit([round - 1] if checkpoints else [])
+        if checkpoints:
+            store.snapshot(round)
+        sizes.append(sum(path.stat().st_size for path in files(tmp_path)) / len(last))
+    assert numbers(store) == last
+    record = len(save(value(0.0))) + 100
+    assert max(sizes) < (5 if checkpoints else 2.5) * record + 200 / cohort
+    again = PrivateStore(tmp_path)
+    again.restore(store.snapshot(300))
+    assert numbers(again) == last
+
+
+def test_a_commit_costs_no_more_where_many_clients_have_trained(tmp_path: Path, monkeypatch: Any) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(SegmentDraft, "add", counted(SegmentDraft.add, written))
+    rng = np.random.default_rng(0)
+    played(PrivateStore(tmp_path), range(1, 400), lambda round: rng.choice(2000, 10, replace=False).tolist())
+    assert len(written) < 2 * 10 * 400
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def wrapped(*arguments: Any) -> Any:
+        calls.append(1)
+        return function(*arguments)
+
+    return wrapped
+
+
+def damages(content: bytes, step: int) -> Iterator[bytes]:
+    """Cut off at every length, and one bit flipped in every byte, every `step` bytes."""
+    for position in range(0, len(content), step):
+        yield content[:position]
+        flipped = bytes([content[position] ^ (1 << position % 8)])
+        yield content[:position] + flipped + content[position + 1 :]
+    yield content + b"\0"
+
+
+@pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_an_error_and_never_a_new_client(tmp_path: Path, step: int) -> None:
+    store = played(PrivateStore(tmp_path), [1], lambda round: ["hamlet", "ophelia"])
+    names = store.snapshot(1)
     (path,) = files(tmp_path)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(StoreError, match=r"client 'hamlet'.*is damaged"):
-        store.get("hamlet", 1)
+    content = path.read_bytes()
+    for damaged in damages(content, step):
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"damaged"):
+            again = PrivateStore(tmp_path)
+            again.restore(names)
+            numbers(again)
+    path.unlink()
+    with pytest.raises(StoreError, match="cannot be read: No such file"):
+        PrivateStore(tmp_path).restore(names)
+    with pytest.raises(StoreError, match=r"client 'hamlet': .* cannot be read: No such file"):
+        store.get("hamlet")
 
 
 @pytest.mark.parametrize(
-    "client_id", ["../x", "/etc/x", "a\0b", "a\nb", "x" * 300, "con", "", "caf\u00e9", "cafe\u0301", "\ud800", -5]
+    "index", [b"[1]", b"{}x", b'[["a", 0, 1000000000000, ""]]', b'[["a", -5, 3, ""]]', b"[[[], 0, 1, 2]]"]
 )
-def test_any_id_is_safe_as_a_name(tmp_path: Path, client_id: Any) -> None:
+def test_an_index_that_lies_is_damage_and_costs_no_memory(tmp_path: Path, index: bytes) -> None:
+    path = tmp_path / f"1-{digest(index)}.segment"
+    path.write_bytes(b"record" + index + len(index).to_bytes(8, "little"))
+    with pytest.raises(StoreError, match="is damaged"):
+        PrivateStore(tmp_path).restore([path.name])
+    path.write_bytes(b"record" + index + (2**62).to_bytes(8, "little"))
+    with pytest.raises(StoreError, match="is damaged"):
+        PrivateStore(tmp_path).restore([path.name])
+
+
+HOSTILE: list[Any] = [
+    "../x",
+    "/etc/x",
+    "a\0b",
+    "a\nb",
+    "x" * 300,
+    "con",
+    "",
+    "caf\u00e9",
+    "cafe\u0301",
+    "\ud800",
+    -5,
+    2**70,
+]
+
+
+def test_any_id_is_safe_as_a_name(tmp_path: Path) -> None:
     store = PrivateStore(tmp_path / "private")
-    store.put("other", 1, value(0.0))
-    store.put(client_id, 1, value(1.0))
-    assert int(store.get(client_id, 1)["router"][0]) == 1  # type: ignore[index]
-    assert all(path.resolve().is_relative_to(tmp_path / "private") for path in files(tmp_path))
-    assert len(files(tmp_path)) == 2
+    for number, client_id in enumerate(HOSTILE):
+        store.put(client_id, 1, value(number))
+    store.commit()
+    expected = {client_id: number for number, client_id in enumerate(HOSTILE)}
+    again = PrivateStore(tmp_path / "private")
+    again.restore(store.snapshot(1))
+    assert numbers(store) == numbers(again) == expected
+    assert [path.parent for path in files(tmp_path)] == [tmp_path / "private"]
+
+
+def test_a_name_in_a_checkpoint_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
+    played(PrivateStore(tmp_path / "other"), [1], lambda round: ["a"])
+    (path,) = files(tmp_path)
+    with pytest.raises(StoreError, match="No such file"):
+        PrivateStore(tmp_path / "private").restore([f"../other/{path.name}"])
 
 
 def test_a_client_without_private_tensors_leaves_no_file(tmp_path: Path) -> None:
@@ -136,12 +257,15 @@ STATE = ServerState(
     tensors={"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.tensor([1.5])},
     optimizer={"layer.weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3), "momentum_buffer": None}},
 )
+SAVED = Checkpoint(STATE, ["3-abc.segment"], {"best": 2})
 
 
 def test_a_checkpoint_gives_the_state_back(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, STATE, RUN)
+    folder = save_checkpoint(tmp_path, SAVED, RUN)
     assert folder == tmp_path / "checkpoint-3"
-    loaded = load_checkpoint(folder, STATE, RUN)
+    checkpoint = load_checkpoint(folder, STATE, RUN)
+    assert (checkpoint.private, checkpoint.trainer) == (["3-abc.segment"], {"best": 2})
+    loaded = checkpoint.server
     assert loaded.round == 3
     assert all(torch.equal(loaded.tensors[name], STATE.tensors[name]) for name in STATE.tensors)
     memory = loaded.optimizer["layer.weight"]
@@ -151,7 +275,7 @@ def test_a_checkpoint_gives_the_state_back(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_its_manifest_does_not_exist(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, STATE, RUN)
+    save_checkpoint(tmp_path, SAVED, RUN)
     (tmp_path / "checkpoint-3" / "manifest.json").unlink()
     assert checkpoint_rounds(tmp_path) == []
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
@@ -160,7 +284,7 @@ def test_a_checkpoint_without_its_manifest_does_not_exist(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["server/tensors.safetensors", "server/optimizer.safetensors", "server/state.json"])
 def test_a_damaged_checkpoint_is_an_error(tmp_path: Path, name: str) -> None:
-    folder = save_checkpoint(tmp_path, STATE, RUN)
+    folder = save_checkpoint(tmp_path, SAVED, RUN)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-1] + b"\x00")
     with pytest.raises(CheckpointError, match=f"damaged.*{name}"):
@@ -172,26 +296,26 @@ def test_a_damaged_checkpoint_is_an_error(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": {}}', b"\x80\x04."])
 def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: bytes) -> None:
-    folder = save_checkpoint(tmp_path, STATE, RUN)
+    folder = save_checkpoint(tmp_path, SAVED, RUN)
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         load_checkpoint(folder, STATE, RUN)
 
 
 def test_a_checkpoint_of_another_model_or_method_is_refused(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, STATE, RUN)
+    folder = save_checkpoint(tmp_path, SAVED, RUN)
     with pytest.raises(CheckpointError, match="is of another run: method was 'floral', now it is 'fedavg'"):
         load_checkpoint(folder, STATE, {**RUN, "method": "fedavg"})
     with pytest.raises(CheckpointError, match=r"another model.*'layer\.bias'"):
         load_checkpoint(folder, ServerState(0, {"layer.weight": torch.zeros(2, 3)}), RUN)
     other = ServerState(0, {**STATE.tensors, "layer.bias": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"layer\.bias is \(1,\) torch\.float32, expected \(2,\)"):
+    with pytest.raises(CheckpointError, match=r"layer\.bias is \(1,\), expected \(2,\)"):
         load_checkpoint(folder, other, RUN)
 
 
 def test_the_newest_checkpoint_is_found_by_number(tmp_path: Path) -> None:
     for round in (9, 10, 2):
-        save_checkpoint(tmp_path, ServerState(round, STATE.tensors), RUN)
+        save_checkpoint(tmp_path, Checkpoint(ServerState(round, STATE.tensors)), RUN)
     (tmp_path / "checkpoint-99").mkdir()
     (tmp_path / "checkpoint-x").write_text("")
     assert checkpoint_rounds(tmp_path) == [2, 9, 10]
@@ -201,7 +325,7 @@ def test_the_newest_checkpoint_is_found_by_number(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_folder_is_refused(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path / "a", STATE, RUN)
+    folder = save_checkpoint(tmp_path / "a", SAVED, RUN)
     with pytest.raises(CheckpointError, match="is not in output_dir"):
         find_checkpoint(tmp_path / "b", str(folder))
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
@@ -210,7 +334,7 @@ def test_a_checkpoint_of_another_folder_is_refused(tmp_path: Path) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for round in (1, 2, 3):
-        save_checkpoint(tmp_path, ServerState(round, STATE.tensors), RUN)
+        save_checkpoint(tmp_path, Checkpoint(ServerState(round, STATE.tensors)), RUN)
     prune_checkpoints(tmp_path, None)
     assert checkpoint_rounds(tmp_path) == [1, 2, 3]
     prune_checkpoints(tmp_path, 2)
@@ -218,7 +342,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, STATE, RUN)
-    PrivateStore(tmp_path / "private").put("a", 1, value(1.0))
-    assert {path.suffix for path in files(tmp_path)} == {".safetensors", ".json"}
+    save_checkpoint(tmp_path, SAVED, RUN)
+    played(PrivateStore(tmp_path / "private"), [1], lambda round: ["a"])
+    assert {path.suffix for path in files(tmp_path)} == {".safetensors", ".json", ".segment"}
+    assert not any(b"\x80\x04" in path.read_bytes() for path in files(tmp_path))
     assert json.loads((tmp_path / "checkpoint-3" / "server" / "state.json").read_text())["round"] == 3
