@@ -9,8 +9,8 @@ from itertools import islice
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.processes import Message, Processes, deal, pack_states, unpack_states
 from floral_peft.federated.seeding import ClientId
+from floral_peft.federated.segments import StoreError
 from floral_peft.federated.server import PrivateState
-from floral_peft.federated.store import StoreError
 
 
 #: Clients whose private tensors are on their way at a time: bounds the memory of a look at everybody.
