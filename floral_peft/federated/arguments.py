@@ -1,6 +1,7 @@
 """The settings of a federated run, under transformers' names wherever the meaning is the same."""
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -174,8 +175,16 @@ class FederatedArguments:
         return int(asked)
 
     def build_optimizer(self, params: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The clients' optimiser over parameter groups that bring their own `lr` and `weight_decay`."""
-        return OPTIMIZERS[self.optimizer.lower()](params, **self._kwargs("learning_rate", "optimizer_kwargs"))
+        """The clients' optimiser over parameter groups that bring their own `lr` and `weight_decay`.
+
+        In torch's fused form, one pass over memory, where there is one and `optimizer_kwargs` asks for no other.
+        """
+        kind = OPTIMIZERS[self.optimizer.lower()]
+        kwargs = self._kwargs("learning_rate", "optimizer_kwargs")
+        if "fused" in inspect.signature(kind).parameters and not kwargs.keys() & {"fused", "foreach", "differentiable"}:
+            tensors = [tensor for group in params for tensor in group["params"]]
+            kwargs["fused"] = all(t.device.type in ("cpu", "cuda") and t.is_floating_point() for t in tensors)
+        return kind(params, **kwargs)
 
     def build_server_optimizer(self, params: list[torch.Tensor]) -> torch.optim.Optimizer:
         """The server's optimiser, which is given old − new as its gradient."""

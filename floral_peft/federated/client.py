@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,27 +110,35 @@ class LocalTraining:
         """Train parameters for the local epochs or steps. Returns the mean loss of an example."""
         args, accelerator = self._args, self._accelerator
         optimizer = args.build_optimizer(optimizer_groups(parameters, self._groups, args))
-        scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=_INITIAL_LOSS_SCALE, enabled=args.fp16)
+        scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=_INITIAL_LOSS_SCALE) if args.fp16 else None
         factors = factor_pairs(self._model) if args.precondition else []
         total = torch.zeros((), device=accelerator.device)
         seen = 0
         for rows in local_batches(len(examples), args, order):
             batch = examples.batch(rows)
-            with accelerator.autocast(), norms_frozen(self._norms, len(rows) == 1):
+            with norms_frozen(self._norms, len(rows) == 1), self._precision():
                 loss = self._forward(batch).loss
-            scaler.scale(loss).backward()
-            if factors or args.max_grad_norm is not None:
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is not None:
                 scaler.unscale_(optimizer)
             if factors:
                 precondition_gradients(factors)
             if args.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            total += loss.detach() * len(rows)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            for parameter in parameters.values():
+                parameter.grad = None
+            total.add_(loss.detach(), alpha=len(rows))
             seen += len(rows)
         return float(total) / seen
+
+    def _precision(self) -> AbstractContextManager[None]:
+        mixed = self._args.bf16 or self._args.fp16
+        return self._accelerator.autocast() if mixed else nullcontext()
 
     def _usage(self, num_examples: int) -> Tensor | None:
         """π̂ᵏ_c Nᵏ, shape (L, C)."""
