@@ -114,9 +114,8 @@ class LocalTraining:
         factors = factor_pairs(self._model) if args.precondition else []
         total = torch.zeros((), device=accelerator.device)
         seen = 0
-        for rows in local_batches(len(examples), args, order):
-            batch = examples.batch(rows)
-            with norms_frozen(self._norms, len(rows) == 1), self._precision():
+        for size, batch in examples.batches(local_batches(len(examples), args, order)):
+            with norms_frozen(self._norms, size == 1), self._precision():
                 loss = self._forward(batch).loss
             (loss if scaler is None else scaler.scale(loss)).backward()
             if scaler is not None:
@@ -132,8 +131,8 @@ class LocalTraining:
                 scaler.update()
             for parameter in parameters.values():
                 parameter.grad = None
-            total.add_(loss.detach(), alpha=len(rows))
-            seen += len(rows)
+            total.add_(loss.detach(), alpha=size)
+            seen += size
         return float(total) / seen
 
     def _precision(self) -> AbstractContextManager[None]:
