@@ -1,53 +1,20 @@
-"""Many clients' local training, one after the other or as one batched computation."""
+"""Local training of a round's clients, and the simplest kind of it: one after the other."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import torch
-from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from floral_peft.federated.aggregation import ClientUpdate, UpdateError
-from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import Collator, Examples
 from floral_peft.federated.client import LocalTraining
-from floral_peft.federated.draws import ClientGenerators
-from floral_peft.federated.forward import Forward
-from floral_peft.federated.groups import ParameterGroups, tensors_of
-from floral_peft.federated.lanes import Lane, Pack, chosen_rows, next_group, pack, stacked_batch
-from floral_peft.federated.local_steps import local_batches, norms_frozen, optimizer_groups, training_phases
-from floral_peft.federated.seeding import ClientId, derive_seed
+from floral_peft.federated.rounds import Outcome
+from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.server import PrivateState, ServerState
-from floral_peft.federated.stacked_gradients import clip_stacked, precondition_stacked
-from floral_peft.federated.stacked_model import Stack, StackedModel
-from floral_peft.federated.stacked_optimizer import StackedOptimizer, unserved
-from floral_peft.federated.visitor import Visitor
-from floral_peft.tuner import factor_pairs
 
-
-logger = logging.getLogger(__name__)
-
-#: What comes of a client's local training: what it sends and what it keeps, or what it raised.
-Outcome = tuple[ClientUpdate, PrivateState] | Exception
 
 #: Gives a client's training examples and its private tensors. If it raises, that is the client's loss.
 Load = Callable[[ClientId], tuple[Dataset, PrivateState]]
-
-#: Most clients of a chunk: on a GPU more are not faster per client, on a CPU several processes want their share.
-CHUNK_CLIENTS = {"cpu": 64}
-CHUNK_CLIENTS_ELSEWHERE = 256
-#: From so many clients on, a CPU's chunks are two at least.
-SPLIT_CLIENTS = 32
-#: Bytes of a chunk's tensors: parameters, gradients, the optimiser's memories.
-CHUNK_BYTES = 2**30
-#: Bytes of a chunk's examples that are held in memory for the chunk's whole visit.
-RESIDENT_BYTES = 2**30
 
 
 class CohortTraining(Protocol):
@@ -86,217 +53,11 @@ class InTurn:
     def __call__(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> Iterator[Outcome]:
         """Train clients for one round: see `CohortTraining`."""
         for client_id in client_ids:
-            yield _attempt(self._training, client_id, load, state)
+            yield attempt(self._training, client_id, load, state)
 
 
-class SideBySide:
-    """Trains the clients of a chunk as one batched computation, through torch.func over stacked parameters.
-
-    The results are those of `LocalTraining` up to rounding: the same batches in the same order, the same steps, and on
-    a CPU the same dropout. Clients step together whose next batches have the same shapes, so no example is padded and
-    batch norm sees what it would see. Each client's optimiser, running statistics, clipping and preconditioning are
-    its own. What a client gets depends on its chunk by rounding only.
-
-    A client that cannot take part, or a step that fails, costs nobody else: those clients are trained alone.
-
-    Args: as of `LocalTraining`.
-
-    Attributes:
-        failure: What made clients train alone the last time, other than their own examples; None if nothing did.
-
-    Raises:
-        ValueError: The settings ask for something that cannot be done for many clients at once.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        visitor: Visitor,
-        forward: Forward,
-        groups: ParameterGroups,
-        args: FederatedArguments,
-        accelerator: Accelerator,
-        collator: Collator,
-    ) -> None:
-        self._alone = LocalTraining(model, visitor, forward, groups, args, accelerator, collator)
-        self._model = model
-        self._visitor = visitor
-        self._forward = forward
-        self._groups = groups
-        self._args = args
-        self._accelerator = accelerator
-        self._collator = collator
-        self.failure: str | None = None
-        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        if args.fp16:
-            raise ValueError("fp16=True scales the loss, client by client: use bf16=True")
-        reason = unserved(args.build_optimizer([{"params": [torch.zeros(1)]}]))
-        if reason is not None:
-            raise ValueError(reason)
-        saved = model.state_dict(keep_vars=True).keys()
-        buffers = [name for name, _ in model.named_buffers() if name in saved or name in groups.private]
-        self._names = list(dict.fromkeys([*groups.public, *groups.private, *buffers]))
-        held = tensors_of(model)
-        size = sum(held[name].numel() * held[name].element_size() for name in self._names)
-        # Beside the tensors: gradients, what the server had, and up to two memories of the optimiser.
-        most = CHUNK_CLIENTS.get(accelerator.device.type, CHUNK_CLIENTS_ELSEWHERE)
-        self._chunk_clients = max(1, min(most, CHUNK_BYTES // max(1, 5 * size)))
-
-    def chunks(self, client_ids: Sequence[ClientId]) -> list[list[ClientId]]:
-        """Groups of about the same size. They depend on the clients' number and order, not on the processes."""
-        count = -(-len(client_ids) // self._chunk_clients)
-        if self._accelerator.device.type == "cpu" and len(client_ids) >= SPLIT_CLIENTS:
-            count = max(count, 2)
-        bounds = [len(client_ids) * index // count for index in range(count + 1)] if count else []
-        return [list(client_ids[start:end]) for start, end in pairwise(bounds)]
-
-    def __call__(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> Iterator[Outcome]:
-        """Train clients of one chunk for one round: see `CohortTraining`."""
-        try:
-            found = self._train_chunk(client_ids, load, state)
-        except Exception as error:  # as for want of memory
-            self._note(error, len(client_ids))
-            found = {}
-        for position, client_id in enumerate(client_ids):
-            # Not kept here once it is handed out.
-            yield found.pop(position) if position in found else _attempt(self._alone, client_id, load, state)
-
-    def _train_chunk(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> dict[int, Outcome]:
-        """What the clients of a chunk made, by position; those are missing that must be trained alone."""
-        entered: list[tuple[Lane, PrivateState]] = []
-        self._visitor.load({}, state)
-        held = tensors_of(self._model)
-        for position, client_id in enumerate(client_ids):
-            try:
-                entered.append(self._enter(position, client_id, load, held, state.round + 1))
-            except Exception as error:  # told when it is trained alone
-                logger.debug("round %d: client %r cannot take part: %s", state.round + 1, client_id, error)
-        if not entered:
-            return {}
-        # Clients of similar length stand side by side: those that step together are then seldom copied.
-        entered.sort(key=lambda one: -one[0].num_examples)
-        lanes = [lane for lane, _ in entered]
-        for row, lane in enumerate(lanes):
-            lane.row = row
-        stacked = self._stack([private for _, private in entered], held)
-        self._model.train()
-        trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
-        packed = pack(lanes, self._accelerator.device)
-        for phase in training_phases(trainable, self._groups, self._args.alternating):
-            losses = self._run_phase(phase, lanes, packed, stacked)
-        return self._results([client_ids[lane.position] for lane in lanes], lanes, stacked, losses, state)
-
-    def _enter(
-        self, position: int, client_id: ClientId, load: Load, held: Mapping[str, Tensor], round: int
-    ) -> tuple[Lane, PrivateState]:
-        dataset, private = load(client_id)
-        if len(dataset) == 0:
-            raise UpdateError(f"client {client_id!r} has no training examples")
-        device = self._accelerator.device
-        generators = ClientGenerators(derive_seed(self._args.seed, "train", round, client_id), device)
-        order = torch.Generator().manual_seed(derive_seed(self._args.seed, "shuffle", round, client_id))
-        resident = RESIDENT_BYTES // self._chunk_clients
-        lane = Lane(position, Examples(dataset, self._collator, device, resident), generators, order)
-        return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
-
-    def _stack(self, privates: Sequence[PrivateState], held: Mapping[str, Tensor]) -> StackedModel:
-        """What the model holds, for every client, but with each client's private tensors."""
-        own = privates[0].keys()
-        tensors: Stack = {
-            name: torch.stack([private[name] for private in privates])
-            if name in own
-            else held[name].expand(len(privates), *held[name].shape).clone()
-            for name in self._names
-        }
-        return StackedModel(self._model, self._forward, self._accelerator, tensors)
-
-    def _run_phase(
-        self, phase: list[str], lanes: Sequence[Lane], packed: Pack | None, stacked: StackedModel
-    ) -> Tensor:
-        """Train these parameters for the local epochs or steps. Returns each row's mean loss of an example."""
-        args = self._args
-        trained = {name: stacked.tensors[name] for name in phase}
-        optimizer = StackedOptimizer(args.build_optimizer(optimizer_groups(trained, self._groups, args)), len(lanes))
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self._model.named_parameters()}
-        factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if args.precondition else []
-        totals = torch.zeros(len(lanes), device=self._accelerator.device)
-        for lane in lanes:
-            lane.begin(local_batches(lane.num_examples, args, lane.order), args.per_device_train_batch_size)
-        while group := next_group(lanes):
-            chosen, count = chosen_rows(group), group[0].batch_size
-            try:
-                with norms_frozen(self._norms, count == 1):
-                    gradients, losses = stacked.gradients(
-                        phase, chosen, stacked_batch(group, packed), [lane.generators.device for lane in group]
-                    )
-                if any(a in gradients or b in gradients for a, b in factors):
-                    part = {name: stacked.tensors[name][chosen] for pair in factors for name in pair}
-                    precondition_stacked(factors, part, gradients)
-                if args.max_grad_norm is not None:
-                    clip_stacked(gradients.values(), args.max_grad_norm)
-                optimizer.step(chosen, {trained[name]: gradients[name] for name in phase})
-            except Exception as error:  # each is trained alone, and the one whose fault it is fails there
-                self._note(error, len(group))
-                for lane in group:
-                    lane.leave()
-                continue
-            totals[chosen] += losses * count
-            for lane in group:
-                lane.advance()
-        return totals.double().cpu() / torch.tensor([max(1, lane.examples_seen) for lane in lanes])
-
-    def _results(
-        self,
-        client_ids: list[ClientId],
-        lanes: Sequence[Lane],
-        stacked: StackedModel,
-        losses: Tensor,
-        state: ServerState,
-    ) -> dict[int, Outcome]:
-        usages = self._usages(lanes, stacked)
-        private = {name: stacked.tensors[name] for name in self._groups.private}
-        deltas = {name: _difference(stacked.tensors[name], old) for name, old in state.tensors.items()}
-        return {
-            lane.position: (
-                ClientUpdate(
-                    client_id=client_id,
-                    round=state.round + 1,
-                    num_examples=lane.num_examples,
-                    usage=None if usages is None else usages[lane.row],
-                    deltas={name: delta[lane.row] for name, delta in deltas.items()},
-                    train_loss=float(losses[lane.row]),
-                ),
-                {name: value[lane.row].clone() for name, value in private.items()},
-            )
-            for client_id, lane in zip(client_ids, lanes, strict=True)
-            if not lane.failed
-        }
-
-    def _note(self, error: Exception, count: int) -> None:
-        self.failure = f"{type(error).__name__}: {error}"
-        logger.info("%d clients could not be trained side by side, and are trained alone: %s", count, self.failure)
-
-    def _usages(self, lanes: Sequence[Lane], stacked: StackedModel) -> Tensor | None:
-        """π̂ᵏ_c Nᵏ of every client, (clients, L, C)."""
-        if not self._groups.clustered:
-            return None
-        mixtures = stacked.mixtures().double().cpu()
-        counts = torch.tensor([lane.num_examples for lane in lanes])
-        return mixtures.reshape(len(lanes), -1, mixtures.shape[-1]) * counts.view(-1, 1, 1)
-
-
-def _fitting(private: Tensor, held: Tensor) -> Tensor:
-    if private.shape != held.shape:
-        raise ValueError(f"the client's own tensor has shape {tuple(private.shape)}, the model's {tuple(held.shape)}")
-    return private.to(held)
-
-
-def _difference(new: Tensor, old: Tensor) -> Tensor:
-    """New − old in the server's precision, where old is what the model could hold of it."""
-    return new.to(old.dtype) - old.to(new.dtype)
-
-
-def _attempt(training: LocalTraining, client_id: ClientId, load: Load, state: ServerState) -> Outcome:
+def attempt(training: LocalTraining, client_id: ClientId, load: Load, state: ServerState) -> Outcome:
+    """What comes of one client's training, whatever it raises."""
     try:
         return training(client_id, *load(client_id), state)
     except Exception as error:  # whatever a client's data, model code or memory does is the client's own loss

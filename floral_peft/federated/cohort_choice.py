@@ -12,10 +12,11 @@ from typing import Any
 
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.client import LocalTraining
-from floral_peft.federated.cohort import CohortTraining, InTurn, Load, SideBySide
+from floral_peft.federated.cohort import CohortTraining, InTurn, Load
 from floral_peft.federated.files import write_file
 from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.server import ServerState
+from floral_peft.federated.side_by_side import SideBySide
 
 
 logger = logging.getLogger(__name__)

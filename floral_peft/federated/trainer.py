@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, default_data_collator
@@ -32,7 +33,8 @@ from floral_peft.federated.checkpoint import (
     save_checkpoint,
 )
 from floral_peft.federated.checks import check_callbacks, check_types
-from floral_peft.federated.client import LocalTraining
+from floral_peft.federated.cohort import CohortTraining
+from floral_peft.federated.cohort_choice import Parts, build_training, choose_kind
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, summarize
 from floral_peft.federated.forward import Forward, LossFunction
@@ -51,7 +53,7 @@ from floral_peft.federated.server import PrivateState, ServerSettings, ServerSta
 from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
 from floral_peft.federated.visitor import Visitor, modes_kept
-from floral_peft.federated.visits import Visits
+from floral_peft.federated.visits import Private, Visits
 
 
 logger = logging.getLogger(__name__)
@@ -311,17 +313,16 @@ class FederatedTrainer:
 
     def _train_rounds(self, server: ServerState) -> list[RoundReport]:
         reports: list[RoundReport] = []
-        training = LocalTraining(
-            self.model, self._visitor, self._forward, self._groups, self.args, self.accelerator, self._collator
-        )
-
         clock = Stopwatch()
+        self._rest(server)
+        training = self._cohort_training(server)
+        self._rest(server)
 
         def train(cohort: Sequence[ClientId], state: ServerState) -> Iterator[tuple[ClientId, Outcome]]:
-            for client_id, private in self._visits(cohort, self._private, None if self.args.local_steps else "train"):
-                yield client_id, self._train_client(training, client_id, private, state, clock)
+            split = None if self.args.local_steps else "train"
+            for private in self._visits.together(training.chunks(cohort), self._private, split):
+                yield from self._train_clients(training, private, state, clock)
 
-        self._rest(server)
         self._event("on_train_begin")
         while self._round < self.args.rounds and not self.control.should_training_stop:
             self._event("on_step_begin")
@@ -343,23 +344,45 @@ class FederatedTrainer:
         self._event("on_train_end")
         return reports
 
-    def _train_client(
-        self,
-        training: LocalTraining,
-        client_id: ClientId,
-        private: Callable[[], PrivateState],
-        state: ServerState,
-        clock: Stopwatch,
-    ) -> Outcome:
-        """What comes of a client's training, whatever it raises."""
-        try:
-            examples, own = self.dataset[client_id]["train"], private()
-            clock.lap("load")
-            return training(client_id, examples, own, state)
-        except Exception as error:  # whatever a client's data, model code or memory does is the client's own loss
-            return error
-        finally:
+    def _train_clients(
+        self, training: CohortTraining, private: Mapping[ClientId, Private], state: ServerState, clock: Stopwatch
+    ) -> Iterator[tuple[ClientId, Outcome]]:
+        """What comes of the training of clients that train together."""
+
+        def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
             clock.lap("train")
+            try:
+                return self.dataset[client_id]["train"], private[client_id]()
+            finally:
+                clock.lap("load")
+
+        outcomes = training(list(private), load, state)
+        for client_id in private:
+            outcome = next(outcomes)
+            clock.lap("train")
+            yield client_id, outcome
+            del outcome  # not while the next client trains
+
+    def _cohort_training(self, server: ServerState) -> CohortTraining:
+        """The training that `args.cohort` asks for; the main process measures, where it is to be measured."""
+        parts: Parts = {
+            "model": self.model,
+            "visitor": self._visitor,
+            "forward": self._forward,
+            "groups": self._groups,
+            "args": self.args,
+            "accelerator": self.accelerator,
+            "collator": self._collator,
+        }
+
+        def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
+            return self.dataset[client_id]["train"], self._private(client_id)
+
+        def choose() -> Message:
+            cohort = self._cohort(server.round + 1)
+            return choose_kind(parts, cohort, load, server, self.output_dir / "cohort.json"), {}
+
+        return build_training(self.processes.on_main(choose)[0], parts)
 
     def _end_round(self, server: ServerState, report: RoundReport) -> None:
         self._records.add(round_record(report))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import groupby
 
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.processes import Message, Processes, deal, pack_states, unpack_states
@@ -17,6 +17,9 @@ from floral_peft.federated.server import PrivateState
 BLOCK = 1024
 
 PrivateOf = Callable[[ClientId], PrivateState]
+
+#: Gives one client's private tensors, or raises `StoreError`.
+Private = Callable[[], PrivateState]
 
 
 class Visits:
@@ -33,7 +36,7 @@ class Visits:
 
     def __call__(
         self, client_ids: Iterable[ClientId], private: PrivateOf, split: str | None = None
-    ) -> Iterator[tuple[ClientId, Callable[[], PrivateState]]]:
+    ) -> Iterator[tuple[ClientId, Private]]:
         """Those of some clients that this process is to visit.
 
         Args:
@@ -44,20 +47,30 @@ class Visits:
         Yields:
             A client, and a function that gives its private tensors or raises [`StoreError`].
         """
-        if self._processes.count == 1:
-            for client_id in client_ids:
-                yield client_id, partial(private, client_id)
-            return
-        remaining = iter(client_ids)
-        while block := list(islice(remaining, BLOCK)):
-            messages = self._messages(block, private, split) if self._processes.is_main else None
-            for (client_id, error), state in unpack_states(self._processes.scatter(messages)):
-                yield client_id, partial(_received, state, error)
+        for group in self.together(([client_id] for client_id in client_ids), private, split):
+            yield from group.items()
 
-    def _messages(self, client_ids: list[ClientId], private: PrivateOf, split: str | None) -> list[Message]:
-        costs = [1 if split is None else self._examples(client_id, split) for client_id in client_ids]
+    def together(
+        self, groups: Iterable[Sequence[ClientId]], private: PrivateOf, split: str | None = None
+    ) -> Iterator[dict[ClientId, Private]]:
+        """The same for groups of clients that one process must visit: yields whole groups."""
+        if self._processes.count == 1:
+            for group in groups:
+                yield {client_id: partial(private, client_id) for client_id in group}
+            return
+        for block in _blocks(groups):
+            messages = self._messages(block, private, split) if self._processes.is_main else None
+            received = unpack_states(self._processes.scatter(messages))
+            for _, members in groupby(received, key=lambda item: item[0][0]):
+                yield {client_id: partial(_received, state, error) for (_, client_id, error), state in members}
+
+    def _messages(self, groups: list[Sequence[ClientId]], private: PrivateOf, split: str | None) -> list[Message]:
+        costs = [sum(1 if split is None else self._examples(k, split) for k in group) for group in groups]
         shares = deal(costs, self._processes.count)
-        return [pack_states(_sent(client_ids[position], private) for position in share) for share in shares]
+        return [
+            pack_states(_sent(position, client_id, private) for position in share for client_id in groups[position])
+            for share in shares
+        ]
 
     def _examples(self, client_id: ClientId, split: str) -> int:
         """A client's examples; 0 for one whose data cannot be read, which will say so itself."""
@@ -67,12 +80,27 @@ class Visits:
             return 0
 
 
-def _sent(client_id: ClientId, private: PrivateOf) -> tuple[tuple[ClientId, str | None], PrivateState]:
-    """A client and its private tensors, or why they cannot be read."""
+def _blocks(groups: Iterable[Sequence[ClientId]]) -> Iterator[list[Sequence[ClientId]]]:
+    block: list[Sequence[ClientId]] = []
+    size = 0
+    for group in groups:
+        block.append(group)
+        size += len(group)
+        if size >= BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _sent(
+    group: int, client_id: ClientId, private: PrivateOf
+) -> tuple[tuple[int, ClientId, str | None], PrivateState]:
+    """A client of a group and its private tensors, or why they cannot be read."""
     try:
-        return (client_id, None), private(client_id)
+        return (group, client_id, None), private(client_id)
     except StoreError as error:
-        return (client_id, str(error)), {}
+        return (group, client_id, str(error)), {}
 
 
 def _received(private: PrivateState, error: str | None) -> PrivateState:

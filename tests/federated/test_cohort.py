@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from floral_peft.federated import FederatedDataset, ServerState
 from floral_peft.federated.client import LocalTraining
-from floral_peft.federated.cohort import InTurn, SideBySide
+from floral_peft.federated.cohort import InTurn
+from floral_peft.federated.side_by_side import SideBySide
 
 from .clients import examples, floral_net, net, population, trainer
 
@@ -265,3 +266,30 @@ def test_the_model_is_left_as_local_training_leaves_it(tmp_path: Path) -> None:
 def test_what_cannot_be_batched_is_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pair(tmp_path, **settings)
+
+
+def rounds(folder: Path, **settings: Any) -> Any:
+    made = trainer(folder, dataset=clients_of(), save_steps=1, router_learning_rate=0.5, **settings)
+    made.train(resume_from_checkpoint=settings.get("rounds", 2) > 2)
+    return made
+
+
+def test_a_run_side_by_side_is_a_run_in_turn_up_to_rounding(tmp_path: Path) -> None:
+    loop, vectorized = (rounds(tmp_path / kind, cohort=kind) for kind in ("loop", "vectorized"))
+    for name, value in loop.model.state_dict().items():
+        assert torch.allclose(vectorized.model.state_dict()[name], value, atol=2e-5), name
+    assert torch.allclose(vectorized.mixtures()[1], loop.mixtures()[1], atol=2e-5)
+    for one, other in zip(vectorized.records, loop.records, strict=True):
+        assert one["clients_trained"] == other["clients_trained"] == len(SIZES)
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+
+
+def test_a_resumed_run_side_by_side_has_the_bits_of_one_that_went_on(tmp_path: Path) -> None:
+    rounds(tmp_path / "resumed", cohort="vectorized", rounds=2)
+    resumed = rounds(tmp_path / "resumed", cohort="vectorized", rounds=4)
+    whole = trainer(tmp_path / "whole", dataset=clients_of(), router_learning_rate=0.5, cohort="vectorized", rounds=4)
+    whole.train()
+    assert all(
+        torch.equal(value, resumed.model.state_dict()[name]) for name, value in whole.model.state_dict().items()
+    )
+    assert [record["train_loss"] for record in whole.records] == [record["train_loss"] for record in resumed.records]

@@ -10,8 +10,9 @@ import pytest
 from torch import Tensor, nn
 
 from floral_peft.federated import FederatedDataset, ServerState, cohort_choice
-from floral_peft.federated.cohort import InTurn, SideBySide
+from floral_peft.federated.cohort import InTurn
 from floral_peft.federated.cohort_choice import build_training, choose_kind
+from floral_peft.federated.side_by_side import SideBySide
 
 from .clients import examples, trainer
 
@@ -167,7 +168,7 @@ def test_chunks_are_even_and_a_cpus_cohort_is_split_for_several_processes(tmp_pa
 
 
 def test_a_chunk_of_large_models_holds_few_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("floral_peft.federated.cohort.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("floral_peft.federated.side_by_side.CHUNK_BYTES", 1000)
     parts = Chooser(tmp_path).parts
     size = sum(parameter.numel() * 4 for parameter in parts["model"].parameters())
     assert size * 5 > 1000

@@ -77,6 +77,14 @@ def test_several_processes_give_the_bits_of_one(tmp_path: Path, alone: Any, coun
         assert_same(result(tmp_path / "run", rank, count), alone)
 
 
+def test_chunks_that_train_side_by_side_are_dealt_out_whole(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"cohort": "vectorized", "chunk_clients": 2, "rounds": 2}
+    assert launch(1, tmp_path / "run", **settings) == [0]
+    assert launch(2, tmp_path / "shared", **settings) == [0, 0]
+    for rank in range(2):
+        assert_same(result(tmp_path / "shared", rank, 2), result(tmp_path / "run", 0, 1))
+
+
 def test_a_run_goes_on_with_another_number_of_processes_and_keeps_its_bits(tmp_path: Path, alone: Any) -> None:
     folder = tmp_path / "run"
     assert launch(1, folder, misfortune=["stop", 0, 1], save_steps=1, eval_steps=None) == [0]

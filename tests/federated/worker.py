@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from floral_peft.federated import side_by_side
 from tests.federated.clients import examples, population, tensors, trainer
 
 
@@ -62,6 +63,7 @@ def main(folder: str, options: str) -> None:
     resume = chosen.pop("resume", False)
     callbacks = [Misfortune(*chosen.pop("misfortune"))] if "misfortune" in chosen else []
     torch.manual_seed(int(os.environ.get("RANK", 0)))  # all but main's initial weights must not matter
+    side_by_side.CPU_CHUNK_CLIENTS = chosen.pop("chunk_clients", side_by_side.CPU_CHUNK_CLIENTS)
     data = population(7)
     if chosen.pop("broken", False):
         bad = examples(9).with_transform(lambda rows: {"points": rows["points"], "labels": [7] * len(rows["labels"])})
