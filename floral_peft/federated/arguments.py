@@ -181,7 +181,11 @@ class FederatedArguments:
         """
         kind = OPTIMIZERS[self.optimizer.lower()]
         kwargs = self._kwargs("learning_rate", "optimizer_kwargs")
-        if "fused" in inspect.signature(kind).parameters and not kwargs.keys() & {"fused", "foreach", "differentiable"}:
+        if "fused" in inspect.signature(kind).parameters and not kwargs.keys() & {
+            "fused",
+            "foreach",
+            "differentiable",
+        }:
             tensors = [tensor for group in params for tensor in group["params"]]
             kwargs["fused"] = all(t.device.type in ("cpu", "cuda") and t.is_floating_point() for t in tensors)
         return kind(params, **kwargs)

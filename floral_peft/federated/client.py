@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import set_seed
 
 from floral_peft.federated.aggregation import ClientUpdate, UpdateError
 from floral_peft.federated.arguments import FederatedArguments
@@ -19,7 +18,8 @@ from floral_peft.federated.batches import Collator, Examples
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups
 from floral_peft.federated.local_steps import local_batches, norms_frozen, optimizer_groups, training_phases
-from floral_peft.federated.seeding import ClientId, derive_seed
+from floral_peft.federated.plain_sgd import PlainSGD
+from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
 from floral_peft.federated.visitor import Visitor
 from floral_peft.tuner import factor_pairs, precondition_gradients
@@ -84,7 +84,7 @@ class LocalTraining:
             raise UpdateError(f"client {client_id!r} has no training examples")
         round = state.round + 1
         # Dropout, a router's noise and the dataset's transform draw from the global generators.
-        set_seed(derive_seed(self._args.seed, "train", round, client_id))
+        seed_generators(derive_seed(self._args.seed, "train", round, client_id), self._accelerator.device)
         order = torch.Generator().manual_seed(derive_seed(self._args.seed, "shuffle", round, client_id))
         self._visitor.load(private, state)
         self._model.train()
@@ -109,7 +109,9 @@ class LocalTraining:
     def _run_steps(self, parameters: dict[str, nn.Parameter], examples: Examples, order: torch.Generator) -> float:
         """Train parameters for the local epochs or steps. Returns the mean loss of an example."""
         args, accelerator = self._args, self._accelerator
-        optimizer = args.build_optimizer(optimizer_groups(parameters, self._groups, args))
+        groups = optimizer_groups(parameters, self._groups, args)
+        plain = args.optimizer.lower() == "sgd" and not args.optimizer_kwargs and not args.fp16
+        optimizer: Any = PlainSGD(groups) if plain else args.build_optimizer(groups)
         scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=_INITIAL_LOSS_SCALE) if args.fp16 else None
         factors = factor_pairs(self._model) if args.precondition else []
         total = torch.zeros((), device=accelerator.device)

@@ -14,6 +14,7 @@ from torch import nn
 from floral_peft.federated import ServerState
 from floral_peft.federated.aggregation import ClientUpdate, UpdateError
 from floral_peft.federated.client import LocalTraining
+from floral_peft.federated.plain_sgd import PlainSGD
 
 from .clients import examples, floral_net, net, population, tensors, trainer
 
@@ -233,3 +234,25 @@ def test_optimal_routing_is_one_hot_and_holds_still(tmp_path: Path) -> None:
     update, private = train("client 3")
     assert update.usage.tolist() == [[0.0, 12.0]]
     assert all(torch.equal(private[name], train.trainer._private("client 3")[name]) for name in private)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_plain_sgd_takes_the_steps_of_torch(decay: float) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(3, 4), torch.randn(5), torch.randn(2)]
+    ends = []
+    for kind in (PlainSGD, torch.optim.SGD):
+        parameters = [nn.Parameter(value.clone()) for value in start]
+        optimizer: Any = kind(
+            [
+                {"params": parameters[:2], "lr": 0.3, "weight_decay": decay},
+                {"params": parameters[2:], "lr": 0.7, "weight_decay": 0.0},
+            ]
+        )
+        for _ in range(3):
+            for index, parameter in enumerate(parameters):  # the last has no gradient
+                parameter.grad = None if index == 2 else parameter.detach().sin()
+            optimizer.step()
+        ends.append(parameters)
+    for own, other in zip(*ends, strict=True):
+        assert torch.equal(own, other)
