@@ -26,7 +26,7 @@ class PlainSGD:
         """Move every parameter that has a gradient."""
         for parameters, rate, decay in self._groups:
             moved = [parameter for parameter in parameters if parameter.grad is not None]
-            gradients = [parameter.grad for parameter in moved]
+            gradients: Sequence[Any] = [parameter.grad for parameter in moved]
             if decay:
                 gradients = torch._foreach_add(gradients, moved, alpha=decay)
             if moved:
