@@ -26,8 +26,8 @@ class PlainSGD:
         """Move every parameter that has a gradient."""
         for parameters, rate, decay in self._groups:
             moved = [parameter for parameter in parameters if parameter.grad is not None]
-            gradients: Sequence[Any] = [parameter.grad for parameter in moved]
-            if decay:
+            gradients: Any = [parameter.grad for parameter in moved]
+            if moved and decay:
                 gradients = torch._foreach_add(gradients, moved, alpha=decay)
             if moved:
                 torch._foreach_add_(moved, gradients, alpha=-rate)
