@@ -77,6 +77,7 @@ def build_trainer(settings: Settings, method: str, clients: FederatedDataset) ->
         args = replace(
             args,
             optimal_routing=args.optimal_routing and has_router(model),
+            stateless=args.stateless and has_router(model),
             resume_from_checkpoint="true" if resume else None,
         )
     return FederatedTrainer(model, args, clients, chosen, loss_fn=settings.task.loss_fn)

@@ -79,6 +79,13 @@ class FederatedArguments:
     optimal_routing: bool = field(
         default=False, metadata={"help": "Fix each client's router one-hot at the dataset's true cluster."}
     )
+    stateless: bool = field(
+        default=False,
+        metadata={
+            "help": "Clients keep nothing: each visit relearns the router from the losses of the pure adaptors, "
+            "π_c ∝ π_c exp(−η f_c) with η = router_learning_rate. Adaptors must not start equal (init_std)."
+        },
+    )
     alternating: bool = field(
         default=False,
         metadata={"help": "Train what is private first (the router), then the rest, each for the local epochs."},
@@ -104,6 +111,17 @@ class FederatedArguments:
     )
     save_total_limit: int | None = field(
         default=None, metadata={"help": "Keep only this many newest checkpoints. All by default."}
+    )
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={"help": "Save whenever an evaluation is the best so far, spare that checkpoint, and end with it."},
+    )
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={"help": 'Metric of an evaluation, with or without "eval_". The loss by default.'},
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of it is better. By default yes, unless its name ends in loss."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": 'A checkpoint\'s folder in output_dir, or "true" for the newest.'}
@@ -137,6 +155,9 @@ class FederatedArguments:
             self._check_number(name, optional=True)
         for name in ("max_grad_norm", "max_update_norm"):
             self._check_number(name, above_zero=True, optional=True)
+        if self.stateless and self.optimal_routing:
+            raise ValueError("stateless=True and optimal_routing=True exclude each other: choose one.")
+        self._read_best_model()
         for item in dataclasses.fields(self):
             if item.type is bool and not isinstance(getattr(self, item.name), bool):
                 raise TypeError(f"{item.name}={getattr(self, item.name)!r} must be True or False.")
@@ -158,6 +179,11 @@ class FederatedArguments:
     def mixed_precision(self) -> str:
         """Accelerate's name of the precision: "bf16", "fp16" or "no"."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    @property
+    def eval_strategy(self) -> str:
+        """When is evaluated, as transformers' callbacks ask for it: "no" or "steps"."""
+        return "no" if self.eval_steps is None else "steps"
 
     def cohort_size(self, num_clients: int) -> int:
         """How many of `num_clients` take part in a round.
@@ -198,6 +224,20 @@ class FederatedArguments:
     def to_dict(self) -> dict[str, Any]:
         """All the settings, as plain values that JSON can hold."""
         return dataclasses.asdict(self)
+
+    def _read_best_model(self) -> None:
+        name = self.metric_for_best_model
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"metric_for_best_model={name!r} must be a metric's name or None.")
+        if self.greater_is_better not in (None, True, False):
+            raise TypeError(f"greater_is_better={self.greater_is_better!r} must be True, False or None.")
+        if self.load_best_model_at_end:
+            self.metric_for_best_model = name = name or "loss"
+            if self.eval_steps is None:
+                raise ValueError("load_best_model_at_end=True needs evaluations: set eval_steps.")
+        if name is not None and self.greater_is_better is None:
+            worst_first = name.removesuffix("_client_mean").removesuffix("_worst_decile")
+            self.greater_is_better = not worst_first.endswith("loss")
 
     def _kwargs(self, rate: str, more: str) -> dict[str, Any]:
         return {"lr": getattr(self, rate), **(getattr(self, more) or {})}

@@ -188,9 +188,9 @@ def prune_checkpoints(output_dir: Path, keep: int | None, spare: Collection[int]
     if keep is None:
         return
     rounds = checkpoint_rounds(output_dir)
-    others = [round for round in rounds if round not in spare]
-    excess = len(rounds) - max(keep, 1 + len(rounds) - len(others))  # the newest stays beside those that are spared
-    _delete(output_dir, others[: max(0, excess)])
+    protected = {*rounds[-1:], *(round for round in spare if round in rounds)}
+    excess = max(0, len(rounds) - max(keep, len(protected)))
+    _delete(output_dir, [round for round in rounds if round not in protected][:excess])
 
 
 def discard_checkpoints(output_dir: Path, after: int) -> None:

@@ -29,12 +29,14 @@ def check_types(model: object, args: object, dataset: object, **functions: objec
             raise TypeError(f"{name} must be a function, got {type(function).__name__}.")
 
 
-def check_callbacks(callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None) -> None:
+def check_callbacks(
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None, args: FederatedArguments
+) -> None:
     """Check what a user gives as callbacks.
 
     Raises:
         TypeError: Something is not a `TrainerCallback`, nor a class of them.
-        ValueError: A callback needs what federated training does not have.
+        ValueError: A callback needs settings that are missing.
     """
     if callbacks is not None and not isinstance(callbacks, Sequence):
         raise TypeError(f"callbacks must be a list of TrainerCallbacks, got {type(callbacks).__name__}.")
@@ -42,8 +44,5 @@ def check_callbacks(callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
         kind = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
             raise TypeError(f"callbacks must be TrainerCallbacks or classes of them, got {callback!r}.")
-        if issubclass(kind, EarlyStoppingCallback):
-            raise ValueError(
-                f"callbacks: {kind.__name__} needs load_best_model_at_end, which FederatedArguments does not have "
-                "yet. Give a TrainerCallback whose on_evaluate sets control.should_training_stop."
-            )
+        if issubclass(kind, EarlyStoppingCallback) and None in (args.metric_for_best_model, args.eval_steps):
+            raise ValueError(f"callbacks: {kind.__name__} needs eval_steps and metric_for_best_model.")

@@ -28,6 +28,9 @@ _FREE = (
     "disable_tqdm",
     "use_cpu",
     "ddp_timeout",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
 )
 #: Fields of the models' configs that say where a model is from or what was last done with it.
 _PROVENANCE = (

@@ -137,7 +137,8 @@ def run_round(
     trained = [(client_id, answer) for client_id, answer in answers if answer.dropped is None]
     dropped = {client_id: answer.dropped for client_id, answer in answers if answer.dropped is not None}
     if len(trained) < settings.min_clients:
-        reasons = "; ".join(f"client {client_id!r}: {reason}" for client_id, reason in list(dropped.items())[:3])
+        first = [(f"client {client_id!r}: ", reason) for client_id, reason in list(dropped.items())[:3]]
+        reasons = "; ".join(who + reason.removeprefix(who) for who, reason in first)
         raise TooFewClientsError(
             f"round {round}: {len(trained)} clients sent a good update, min_clients={settings.min_clients} are "
             f"needed; the server's state is unchanged. {len(dropped)} dropped: {reasons}; the log says more"

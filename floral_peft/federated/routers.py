@@ -43,18 +43,22 @@ class Routers:
     Args:
         model: The model.
         name: The name of the table among the model's parameters.
-        fixed: Client id → the cluster at which its router is held one-hot (optimal routing); None: routers train.
+        fixed: Client id → the cluster at which its router is held one-hot (optimal routing); None: they are learned.
+        stateless: Routers are relearned at each visit; local steps leave them alone.
 
     Raises:
         ValueError: A cluster has no adaptor.
     """
 
-    def __init__(self, model: Any, name: str, fixed: Mapping[ClientId, int] | None = None) -> None:
+    def __init__(
+        self, model: Any, name: str, fixed: Mapping[ClientId, int] | None = None, stateless: bool = False
+    ) -> None:
         self._model = model
         self.name = name
         self.shape = self._table().shape[1:]
         self._trains = self._table().requires_grad
         self._fixed = fixed
+        self._steps = self._trains and fixed is None and not stateless  # whether local steps train them
         self._start = _Rows(range(0), torch.zeros(0, *self.shape))
         for client_id, cluster in (fixed or {}).items():
             if cluster >= self.shape[-1]:
@@ -64,27 +68,35 @@ class Routers:
                 )
 
     @classmethod
-    def of(cls, model: nn.Module, clusters: Mapping[ClientId, int] | None, optimal_routing: bool) -> Routers | None:
+    def of(
+        cls,
+        model: nn.Module,
+        clusters: Mapping[ClientId, int] | None,
+        optimal_routing: bool = False,
+        stateless: bool = False,
+    ) -> Routers | None:
         """The routers of a model; None for a model without any.
 
         Args:
             model: The model.
             clusters: The clients' true clusters, where they are known.
             optimal_routing: Whether to fix each router one-hot at its client's true cluster.
+            stateless: Whether routers are relearned at each visit.
 
         Raises:
-            ValueError: The model has several active adapters, or optimal routing is asked for where it cannot be.
+            ValueError: The model has several active adapters, or one of the two is asked for where it cannot be.
         """
         names = [name for name, role in parameter_roles(model).items() if role.kind == "router"]
         if len(names) > 1:
             raise ValueError(f"the model has {len(names)} active FLORAL adapters; choose one with model.set_adapter.")
         if not names:
-            if optimal_routing:
-                raise ValueError("optimal_routing=True needs a model with FLORAL adaptors: this one has no router.")
+            for name, asked in (("optimal_routing", optimal_routing), ("stateless", stateless)):
+                if asked:
+                    raise ValueError(f"{name}=True needs a model with FLORAL adaptors: this one has no router.")
             return None
         if optimal_routing and clusters is None:
             raise ValueError("optimal_routing=True needs the true clusters: FederatedDataset(..., clusters={...}).")
-        return cls(model, names[0], clusters if optimal_routing else None)
+        return cls(model, names[0], clusters if optimal_routing else None, stateless)
 
     def remember(self) -> None:
         """Take the routers that the model holds as those with which their clients start, unless they are fixed.
@@ -175,7 +187,20 @@ class Routers:
     def _hold_one(self) -> None:
         """Make the model's table a single router."""
         self._model.set_routers(torch.zeros(1, *self.shape))
-        self._table().requires_grad_(self._trains and self._fixed is None)
+        self._table().requires_grad_(self._steps)
+
+    def pure(self) -> Tensor:
+        """For each adaptor the router that uses it alone, (C, 1, L, C)."""
+        return self._one_hot(range(self.shape[-1])).unsqueeze(1)
+
+    def less(self, logits: Tensor, losses: Tensor) -> Tensor:
+        """The logits of π̂_c ∝ π_c exp(−loss_c).
+
+        Args:
+            logits: Those of π, (1, L, C).
+            losses: Shape (C,).
+        """
+        return logits - self._model.active_peft_config.router_temperature * losses.to(logits)
 
     def _table(self) -> nn.Parameter:
         return dict(self._model.named_parameters())[self.name]

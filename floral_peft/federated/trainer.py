@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator
+from floral_peft.federated.best import exported, note_evaluation, restore
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
 from floral_peft.federated.checkpoint import (
     Checkpoint,
@@ -50,6 +51,7 @@ from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
+from floral_peft.federated.stateless import Relearning
 from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
 from floral_peft.federated.visitor import Visitor, modes_kept
@@ -105,7 +107,7 @@ class FederatedTrainer:
     ) -> None:
         functions = {"data_collator": data_collator, "compute_metrics": compute_metrics, "loss_fn": loss_fn}
         check_types(model, args, dataset, **functions)
-        check_callbacks(callbacks)
+        check_callbacks(callbacks, args)
         self.args = args
         self.dataset = dataset
         self.method = get_method(method)
@@ -123,13 +125,18 @@ class FederatedTrainer:
         self._compute_metrics = compute_metrics
         self._forward = Forward(model, loss_fn)
         self._groups = ParameterGroups.of(model, self.method)
-        self._routers = Routers.of(model, dataset.clusters, args.optimal_routing)
+        self._routers = Routers.of(model, dataset.clusters, args.optimal_routing, args.stateless)
         self._visitor = Visitor(model, self._groups)
         self._untrained = self._visitor.private()
         if self._routers is not None:
             self._routers.remember()
             self._untrained[self._routers.name] = torch.zeros(1, *self._routers.shape)
         self._visits = Visits(self.processes, dataset)
+        self._relearning: Relearning | None = None
+        if self._routers is not None and args.stateless:
+            self._relearning = Relearning(
+                model, self._visitor, self._forward, self._routers, args, self.accelerator, self._collator
+            )
         self._settings = ServerSettings(
             groups=self._groups,
             routers=self._routers.shape if self._routers and self._groups.clustered else None,
@@ -213,7 +220,7 @@ class FederatedTrainer:
             seconds = time.perf_counter() - began
             self.accelerator.finish_trackers()
         self._install_routers()
-        return TrainOutput(self._round, *train_metrics(reports, seconds))
+        return TrainOutput(self.state.global_step, *train_metrics(reports, seconds))
 
     def evaluate(self) -> Metrics:
         """Evaluate every client that has a split "test", each with its own mixture.
@@ -300,7 +307,7 @@ class FederatedTrainer:
         splits = self.dataset[client_id]
         if not _has_test(splits):
             return None
-        self._visitor.load(private)
+        self._visitor.load(self._relearned(client_id, private))
         return evaluate_client(
             self.model,
             self._forward,
@@ -329,7 +336,7 @@ class FederatedTrainer:
             cohort = self._cohort(server.round + 1)
             clock.reset()
             try:
-                new, report = run_round(server, cohort, train, self._store.put, self._settings, self.processes, clock)
+                new, report = run_round(server, cohort, train, self._keep, self._settings, self.processes, clock)
                 self.processes.on_main(self._commit)
                 clock.lap("store")
                 server = new
@@ -341,6 +348,8 @@ class FederatedTrainer:
             clock.lap("server step")
             reports.append(report)
             self._end_round(server, report)
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            self._take_best(server)
         self._event("on_train_end")
         return reports
 
@@ -352,7 +361,8 @@ class FederatedTrainer:
         def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
             clock.lap("train")
             try:
-                return self.dataset[client_id]["train"], private[client_id]()
+                examples, own = self.dataset[client_id]["train"], private[client_id]()
+                return examples, self._relearned(client_id, own, state)
             finally:
                 clock.lap("load")
 
@@ -391,7 +401,8 @@ class FederatedTrainer:
             self._log(round_logs(report))
         # A callback may make any round the last.
         if self.control.should_evaluate or (self.control.should_training_stop and self.args.eval_steps):
-            self.evaluate()
+            best = note_evaluation(self.args, self.state, self.evaluate())
+            self.control.should_save |= best and self.args.load_best_model_at_end
         if self.control.should_save or (self.control.should_training_stop and self.args.save_steps):
             self._save(server)
 
@@ -412,19 +423,34 @@ class FederatedTrainer:
 
     def _private(self, client_id: ClientId) -> PrivateState:
         """A client's private tensors: as it stored them, or those with which it starts."""
-        stored = self._store.get(client_id)
+        stored = None if self.args.stateless else self._store.get(client_id)
         if stored is not None:
             return stored
         if self._routers is None:
             return self._untrained
         return {**self._untrained, self._routers.name: self._routers.initial(client_id)}
 
+    def _keep(self, client_id: ClientId, round: int, private: PrivateState) -> None:
+        if not self.args.stateless:
+            self._store.put(client_id, round, private)
+
+    def _relearned(self, client_id: ClientId, private: PrivateState, state: ServerState | None = None) -> PrivateState:
+        """A client's private tensors; those of one that keeps nothing with its router relearned."""
+        if self._relearning is None:
+            return private
+        return self._relearning(client_id, self.dataset[client_id]["train"], private, self._round, state)
+
     def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
-        """The routers, (1, L, C), of the clients that have trained."""
-        stored = ((client_id, self._store.get(client_id)) for client_id in self._store.clients())
-        found = [(client_id, {name: state[name]}) for client_id, state in stored if state is not None]
-        told = found if self.processes.count == 1 else unpack_states(self.processes.broadcast(pack_states(found)))
-        return {client_id: state[name] for client_id, state in told}
+        """The routers, (1, L, C), of the clients that have trained; of all clients where they are relearned."""
+        if self._relearning is not None:
+            visits = self._visits(self.dataset, self._private, split="train")
+            found = [(k, {name: self._relearned(k, private())[name]}) for k, private in visits]
+            kept = [item for part in self.processes.gather(pack_states(found)) for item in unpack_states(part)]
+        else:
+            stored = ((client_id, self._store.get(client_id)) for client_id in self._store.clients())
+            kept = [(client_id, {name: state[name]}) for client_id, state in stored if state is not None]
+        known = kept if self.processes.count == 1 else unpack_states(self.processes.broadcast(pack_states(kept)))
+        return {client_id: state[name] for client_id, state in known}
 
     @contextmanager
     def _visit(self) -> Iterator[None]:
@@ -454,7 +480,9 @@ class FederatedTrainer:
             resume = find_checkpoint(self.output_dir, wanted) if wanted else None
             if resume is None and not self.args.overwrite_output_dir:
                 self._check_output_dir()
-            return (held if resume is None else load_checkpoint(resume, held, mine).server).to_message()
+            start = Checkpoint(held) if resume is None else load_checkpoint(resume, held, mine)
+            value, tensors = start.server.to_message()
+            return (start.trainer, value), tensors
 
         mains = self.processes.broadcast((mine, {}))[0]
         if (name := differing(mains, mine)) is not None:
@@ -462,7 +490,9 @@ class FederatedTrainer:
                 f"process {self.processes.rank} runs something else than process 0: {name} is {mine[name]!r} here and "
                 f"{mains[name]!r} there. Start all processes with the same settings and data."
             )
-        return held.of_message(self.processes.on_main(read))
+        (remembered, value), tensors = self.processes.on_main(read)
+        restore(remembered, self.state, self.callback_handler.callbacks)
+        return held.of_message((value, tensors))
 
     def _go_back(self, round: int) -> None:
         """Forget what an earlier run has written after a round."""
@@ -476,8 +506,8 @@ class FederatedTrainer:
         self._store.commit(checkpoint_rounds(self.output_dir))
 
     def _install_routers(self) -> None:
-        """Put the clients' routers into the model's table, in every process."""
-        if self._routers is not None:
+        """Put the clients' routers into the model's table, in every process. Clients that keep nothing have none."""
+        if self._routers is not None and self._relearning is None:
             self._routers.install(self.dataset.ids, self._trained_routers(self._routers.name))
 
     def _check_output_dir(self) -> None:
@@ -491,13 +521,32 @@ class FederatedTrainer:
             raise ValueError(f"{where} the records or the clients' state of an earlier run: {remedy}")
 
     def _save(self, server: ServerState) -> None:
+        if self.state.best_global_step == server.round:
+            self.state.best_model_checkpoint = str(self.output_dir / f"checkpoint-{server.round}")
         self.processes.on_main(partial(self._write_checkpoint, server))
         self._event("on_save")
 
     def _write_checkpoint(self, server: ServerState) -> None:
-        checkpoint = Checkpoint(server, private=self._store.snapshot(server.round))
+        remembered = exported(self.state, self.callback_handler.callbacks)
+        checkpoint = Checkpoint(server, private=self._store.snapshot(server.round), trainer=remembered)
         save_checkpoint(self.output_dir, checkpoint, self._identity)
-        prune_checkpoints(self.output_dir, self.args.save_total_limit)
+        best = [] if self.state.best_global_step is None else [self.state.best_global_step]
+        prune_checkpoints(self.output_dir, self.args.save_total_limit, spare=best)
+
+    def _take_best(self, server: ServerState) -> None:
+        """Go back to the best checkpoint: the server's tensors and the clients' private state of its round."""
+
+        def read() -> Message:
+            folder = self.output_dir / f"checkpoint-{self.state.best_global_step}"
+            best = load_checkpoint(folder, server, self._identity)
+            self._store.restore(best.private, private_files(self.output_dir, checkpoint_rounds(self.output_dir)))
+            self._store.sweep()
+            return best.server.to_message()
+
+        best = server.of_message(self.processes.on_main(read))
+        self._visitor.load(self._untrained, best)
+        self._round = best.round
+        self.client_metrics = {}  # they are of the last round
 
     def _log(self, logs: Mapping[str, Any]) -> None:
         if self.args.report_to:

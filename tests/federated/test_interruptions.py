@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from floral_peft.federated import CheckpointError, FederatedDataset, Method, TooFewClientsError
 
@@ -238,11 +238,6 @@ def test_a_stopped_run_ends_with_an_evaluation_and_a_checkpoint(tmp_path: Path) 
 def test_what_is_no_callback_is_refused(tmp_path: Path, callback: Any) -> None:
     with pytest.raises(TypeError, match="callbacks must be TrainerCallbacks or classes of them, got"):
         trainer(tmp_path, callbacks=[callback])
-
-
-def test_a_callback_that_needs_the_best_model_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="EarlyStoppingCallback needs load_best_model_at_end"):
-        trainer(tmp_path, callbacks=[EarlyStoppingCallback(1)])
 
 
 # Arithmetic

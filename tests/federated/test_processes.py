@@ -101,6 +101,12 @@ def test_a_clients_failure_in_any_process_costs_its_update_only(tmp_path: Path) 
     assert records[0]["clients_dropped"] == {"broken": "IndexError"}
 
 
+def test_routers_that_are_relearned_are_those_of_one_process(tmp_path: Path) -> None:
+    for count in (1, 2):
+        assert launch(count, tmp_path / str(count), stateless=True, rounds=2) == [0] * count
+    assert_same(result(tmp_path / "2", 1, 2), result(tmp_path / "1", 0, 1))
+
+
 @pytest.mark.parametrize("kind", ["kill", "raise"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_that_ends_ends_all_and_the_run_resumes(tmp_path: Path, alone: Any, kind: str, rank: int) -> None:

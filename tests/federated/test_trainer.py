@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +446,39 @@ def test_a_client_that_raises_costs_its_own_update_only(tmp_path: Path, caplog: 
     public = whole._groups.public
     assert all(torch.equal(tensors(whole.model)[name], tensors(hurt.model)[name]) for name in public)
     assert torch.equal(hurt.mixtures()[1][0], torch.tensor([0.5, 0.5]))
+
+
+class Hoards:
+    """A loss that holds much when it runs out of memory, which it does in a round's first batch."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+        self.held: list[weakref.ref[torch.Tensor]] = []
+
+    def __call__(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and not self.held:
+            much = outputs.detach() + torch.zeros(1000, 1, 1)
+            self.held.append(weakref.ref(much))
+            raise self.error("no room for it")
+        return nn.functional.cross_entropy(outputs, labels)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_client_that_runs_out_of_memory_costs_its_own_update_and_gives_back_what_it_held(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    everybody = population()
+    others = FederatedDataset({name: splits for name, splits in everybody.items() if name != "client 0"})
+    hoards = Hoards(error)
+    hurt = trainer(tmp_path / "a", dataset=everybody, loss_fn=hoards, rounds=1)
+    whole = trainer(tmp_path / "b", dataset=others, rounds=1)
+    hurt.train()
+    whole.train()
+    assert hurt.records[0]["clients_dropped"] == {"client 0": error.__name__}
+    assert "no room for it" in caplog.text
+    assert [held() for held in hoards.held] == [None]
+    assert all(parameter.grad is None for parameter in hurt.model.parameters())
+    assert all(torch.equal(tensors(whole.model)[name], tensors(hurt.model)[name]) for name in hurt._groups.public)
 
 
 def test_a_diverging_client_is_dropped_and_named(tmp_path: Path) -> None:
