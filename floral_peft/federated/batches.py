@@ -11,6 +11,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset
+from datasets.formatting import query_table
 from torch import Tensor
 from transformers import default_data_collator
 
@@ -145,10 +146,10 @@ def _as_arrays(dataset: Dataset, resident: int) -> dict[str, np.ndarray] | None:
     Returns:
         Name → array, or None where a column is more than numbers of one shape, or the split is too large.
     """
-    typed = dataset.with_format("arrow", columns=dataset.format["columns"])
-    if len(dataset) == 0 or typed[:1].nbytes * len(dataset) > resident:
+    wanted = dataset.format["columns"]  # read directly: `with_format` takes longer than a small split's examples do
+    if len(dataset) == 0 or _rows(dataset, 1).select(wanted).nbytes * len(dataset) > resident:
         return None
-    table = typed[:]
+    table = _rows(dataset, len(dataset)).select(wanted)
     columns: dict[str, np.ndarray] = {}
     for name in table.column_names:
         if pa.types.is_string(table[name].type) or pa.types.is_large_string(table[name].type):
@@ -158,6 +159,11 @@ def _as_arrays(dataset: Dataset, resident: int) -> dict[str, np.ndarray] | None:
             return None
         columns["labels" if name in ("label", "label_ids") else name] = values
     return columns
+
+
+def _rows(dataset: Dataset, count: int) -> pa.Table:
+    """The first rows of a dataset."""
+    return query_table(dataset.data, slice(0, count), indices=dataset._indices)
 
 
 def _as_array(column: pa.Array) -> np.ndarray | None:

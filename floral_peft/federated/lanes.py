@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from floral_peft.federated.batches import Batch, Examples, as_columns, select_rows
+from floral_peft.federated.batches import Batch, Examples, as_columns
 from floral_peft.federated.draws import ClientGenerators
 from floral_peft.federated.stacked_optimizer import Chosen
 
@@ -96,16 +96,23 @@ class Pack:
         held = [lane.examples.arrays for lane in lanes if lane.examples is not None and lane.examples.arrays]
         self._columns = as_columns(held, device)
         self._device = device
+        self._room: dict[str, Tensor] = {}  # for the batches: new memory for each would cost more than filling it
         first = 0
         for lane in lanes:
             lane.examples, lane.first_row = None, first
             first += lane.num_examples
 
     def batch(self, lanes: Sequence[Lane]) -> Batch:
-        """The lanes' next batches, (clients, examples, ...)."""
+        """The lanes' next batches, (clients, examples, ...), until the next call."""
         rows = torch.cat([lane.rows for lane in lanes if lane.rows is not None])
-        found = select_rows(self._columns, rows.to(self._device))
-        return {name: column.unflatten(0, (len(lanes), -1)) for name, column in found.items()}
+        on_device = rows.to(self._device)
+        batch = {}
+        for name, column in self._columns.items():
+            if name not in self._room or len(self._room[name]) < len(rows):
+                self._room[name] = column.new_empty(len(rows), *column.shape[1:])
+            torch.index_select(column, 0, on_device, out=self._room[name][: len(rows)])
+            batch[name] = self._room[name][: len(rows)].unflatten(0, (len(lanes), -1))
+        return batch
 
 
 def pack(lanes: Sequence[Lane], device: torch.device) -> Pack | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,21 @@ def clients_of(sizes: tuple[int, ...] = SIZES, **how: Any) -> FederatedDataset:
     return FederatedDataset({f"client {k}": examples(size, seed=k, **how) for k, size in enumerate(sizes)})
 
 
+VISITS = ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def _visits_end() -> Iterator[None]:
+    yield
+    VISITS.close()
+
+
 class Pair:
     """The two kinds of training over one trainer's clients, and what they made of them."""
 
     def __init__(self, folder: Path, method: str = "floral", model: Any = None, dataset: Any = None, **settings: Any):
         made = trainer(folder, method, model, dataset or clients_of(), **settings)
-        self.visit = ExitStack()
-        self.visit.enter_context(made._visit())
+        VISITS.enter_context(made._visit())
         parts = (made.model, made._visitor, made._forward, made._groups, made.args, made.accelerator, made._collator)
         self.trainer = made
         self.in_turn, self.side_by_side = InTurn(LocalTraining(*parts)), SideBySide(*parts)

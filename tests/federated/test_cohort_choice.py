@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from floral_peft.federated import FederatedDataset, ServerState, cohort_choice
@@ -173,3 +174,22 @@ def test_a_chunk_of_large_models_holds_few_clients(tmp_path: Path, monkeypatch: 
     size = sum(parameter.numel() * 4 for parameter in parts["model"].parameters())
     assert size * 5 > 1000
     assert [len(chunk) for chunk in build_training("vectorized", parts).chunks(range(3))] == [1, 1, 1]
+
+
+def test_a_trainer_measures_once_and_a_resumed_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = timed(monkeypatch, 3.0, 1.0)
+    first = trainer(tmp_path, cohort="auto", rounds=1, save_steps=1)
+    first.train()
+    assert json.loads((tmp_path / "cohort.json").read_text())["cohort"] == "vectorized"
+    seen.clear()
+    trainer(tmp_path, cohort="auto", rounds=2).train(resume_from_checkpoint=True)
+    assert not seen
+
+
+def test_measuring_changes_nothing_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, 3.0, 1.0)
+    runs = [trainer(tmp_path / kind, cohort=kind, router_learning_rate=1.0) for kind in ("auto", "vectorized")]
+    for run in runs:
+        run.train()
+    assert all(map(torch.equal, runs[0].model.state_dict().values(), runs[1].model.state_dict().values()))
+    assert torch.equal(runs[0].mixtures()[1], runs[1].mixtures()[1])
