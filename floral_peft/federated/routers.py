@@ -138,8 +138,13 @@ class Routers:
             ids: All clients. Those that have not trained get the router with which they start.
             trained: The logits of each client that has trained, (1, L, C).
         """
-        rows = self._rows(self._own_rows(), ids, trained)
-        self._model.set_routers(rows.table, None if isinstance(rows.names, range) else rows.names)
+        held = self._own_rows()
+        if isinstance(held.names, range) and isinstance(ids, range):
+            self._model.set_routers(self._routers_of(range(max(len(held.names), len(ids))), held, trained))
+        else:
+            names = [*held.names, *(client_id for client_id in ids if held.row(client_id) is None)]
+            numbered = isinstance(held.names, range) and len(names) == len(held.names)
+            self._model.set_routers(self._routers_of(names, held, trained), None if numbered else names)
         self._table().requires_grad_(self._trains)
 
     def mixtures(self, ids: Sequence[ClientId], trained: Mapping[ClientId, Tensor]) -> Tensor:
@@ -151,30 +156,29 @@ class Routers:
             ids: The clients.
             trained: As in `install`.
         """
-        rows = self._rows(self._start, ids, trained)
-        own = torch.arange(len(ids)) if isinstance(rows.names, range) else torch.tensor([rows.row(k) for k in ids])
-        self._model.set_routers(rows.table[own])
+        self._model.set_routers(self._routers_of(ids, self._start, trained))
         try:
             mixtures: Tensor = self._model.mixture(torch.arange(len(ids)))
         finally:
             self._hold_one()
         return mixtures.reshape(len(ids), -1, mixtures.shape[-1]).mean(dim=1).cpu()
 
-    def _rows(self, held: _Rows, ids: Sequence[ClientId], trained: Mapping[ClientId, Tensor]) -> _Rows:
-        """Some rows and, behind them, those of further clients; all clients have their routers."""
-        if isinstance(held.names, range) and isinstance(ids, range):
-            names: Sequence[ClientId] = range(max(len(held.names), len(ids)))
-        else:
-            names = [*held.names, *(client_id for client_id in ids if held.row(client_id) is None)]
-        rows = _Rows(names, torch.zeros(len(names), *self.shape))
-        rows.table[: len(held.names)] = held.table
-        if self._fixed is not None:
-            chosen = torch.tensor([rows.row(client_id) for client_id in ids])
-            rows.table[chosen] = self._one_hot([self._fixed[client_id] for client_id in ids])
-        if trained:
-            chosen = torch.tensor([rows.row(client_id) for client_id in trained])
-            rows.table[chosen] = torch.cat(list(trained.values())).to(rows.table)
-        return rows
+    def _routers_of(self, names: Sequence[ClientId], held: _Rows, trained: Mapping[ClientId, Tensor]) -> Tensor:
+        """The logits (clients, L, C) of some clients: trained, else fixed, else held, else zero."""
+        table = torch.zeros(len(names), *self.shape)
+        rows = [(row, held.row(name)) for row, name in enumerate(names)] if len(held.names) else []
+        known = [(row, other) for row, other in rows if other is not None]
+        if known:
+            chosen, source = torch.tensor(known).T
+            table[chosen] = held.table[source]
+        fixed = self._fixed or {}
+        chosen = torch.tensor([row for row, name in enumerate(names) if name in fixed], dtype=torch.int64)
+        if len(chosen):
+            table[chosen] = self._one_hot([fixed[name] for name in names if name in fixed])
+        chosen = torch.tensor([row for row, name in enumerate(names) if name in trained], dtype=torch.int64)
+        if len(chosen):
+            table[chosen] = torch.cat([trained[name] for name in names if name in trained]).to(table)
+        return table
 
     def _own_rows(self) -> _Rows:
         """The rows of the model's table that belong to a client. A single router is nobody's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,17 +90,12 @@ class PrivateStore:
                 client_id, save({name: value.detach().cpu().contiguous() for name, value in state.items()})
             )
 
-    def commit(self, checkpoints: Iterable[int] = ()) -> None:
+    def commit(self) -> None:
         """The round is done: what was put counts, and files that nothing needs any more are deleted.
-
-        Args:
-            checkpoints: The rounds of the checkpoints to which the run may still go back.
 
         Raises:
             StoreError: The disk is full, or a file is damaged.
         """
-        kept = set(checkpoints)
-        self._pinned = {round: names for round, names in self._pinned.items() if round in kept}
         if self._draft is not None:
             with self._writing():
                 for segment in self._wasteful(self._draft):
@@ -123,7 +118,7 @@ class PrivateStore:
         """Keep the committed state for a checkpoint, and wait until it is on the disk.
 
         Args:
-            round: The checkpoint's round. Its files are kept until `commit` is not told this round any more.
+            round: The checkpoint's round. Its files stay until `keep` is not told this round.
 
         Returns:
             What [`restore`][PrivateStore.restore] needs to come back to it: the names of the files.
@@ -141,6 +136,15 @@ class PrivateStore:
         names = [segment.path.name for segment in self._segments]
         self._pinned[round] = frozenset(names)
         return names
+
+    def keep(self, checkpoints: Collection[int]) -> None:
+        """Delete the files that only other checkpoints needed, which are gone.
+
+        Args:
+            checkpoints: The rounds of those that are left.
+        """
+        self._pinned = {round: names for round, names in self._pinned.items() if round in checkpoints}
+        self._delete_unneeded()
 
     def restore(self, names: Sequence[str] = (), pinned: Mapping[int, Iterable[str]] | None = None) -> None:
         """Go back to the state of a checkpoint; without names, to that before the first round.

@@ -337,7 +337,7 @@ class FederatedTrainer:
             clock.reset()
             try:
                 new, report = run_round(server, cohort, train, self._keep, self._settings, self.processes, clock)
-                self.processes.on_main(self._commit)
+                self.processes.on_main(self._store.commit)
                 clock.lap("store")
                 server = new
             except BaseException:
@@ -499,11 +499,9 @@ class FederatedTrainer:
         kept = private_files(self.output_dir, [k for k in checkpoint_rounds(self.output_dir) if k <= round])
         self._store.restore(kept[round] if round else (), kept)
         discard_checkpoints(self.output_dir, after=round)
+        self._prune()  # a crash may have come before it
         self._store.sweep()
         self._records.start(round)
-
-    def _commit(self) -> None:
-        self._store.commit(checkpoint_rounds(self.output_dir))
 
     def _install_routers(self) -> None:
         """Put the clients' routers into the model's table, in every process. Clients that keep nothing have none."""
@@ -530,8 +528,13 @@ class FederatedTrainer:
         remembered = exported(self.state, self.callback_handler.callbacks)
         checkpoint = Checkpoint(server, private=self._store.snapshot(server.round), trainer=remembered)
         save_checkpoint(self.output_dir, checkpoint, self._identity)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete the checkpoints above the limit, and the private state that only they needed."""
         best = [] if self.state.best_global_step is None else [self.state.best_global_step]
         prune_checkpoints(self.output_dir, self.args.save_total_limit, spare=best)
+        self._store.keep(checkpoint_rounds(self.output_dir))
 
     def _take_best(self, server: ServerState) -> None:
         """Go back to the best checkpoint: the server's tensors and the clients' private state of its round."""
