@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, SupportsFloat
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 import torch
@@ -15,7 +16,12 @@ from transformers import EvalPrediction
 
 from floral_peft.federated.batches import Collator, Examples, ordered_batches
 from floral_peft.federated.forward import Forward, is_classification
+from floral_peft.federated.processes import Processes
 from floral_peft.federated.seeding import ClientId
+from floral_peft.federated.server import PrivateState
+
+
+logger = logging.getLogger(__name__)
 
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
@@ -72,6 +78,53 @@ def evaluate_client(
         )
     named = {name if name.startswith("eval_") else f"eval_{name}": float(value) for name, value in metrics.items()}
     return {"eval_loss": loss / len(dataset), **named, "num_examples": len(dataset)}
+
+
+class Failure(NamedTuple):
+    """Why a client could not be evaluated: the exception's type, for the records, and its text, for the log."""
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def evaluate_clients(
+    visits: Iterable[tuple[ClientId, Callable[[], PrivateState]]],
+    evaluate: Callable[[ClientId, PrivateState], Metrics | None],
+    processes: Processes,
+    order: Iterable[ClientId],
+) -> tuple[dict[ClientId, Metrics], dict[ClientId, Failure]]:
+    """Evaluate clients, each process those that it visits. A client that raises is left out, and logged.
+
+    Args:
+        visits: This process's clients, each with a function that gives its private tensors.
+        evaluate: Evaluates one of them; None for a client without examples.
+        processes: Those that share the clients.
+        order: All clients, in the order of the results.
+
+    Returns:
+        The clients' metrics and failures, the same in all processes.
+    """
+    found: list[tuple[ClientId, Metrics]] = []
+    failed: list[tuple[ClientId, Failure]] = []
+    for client_id, private in visits:
+        try:
+            metrics = evaluate(client_id, private())
+        except Exception as error:  # as in training: a client's failure is its own loss
+            failure = Failure(type(error).__name__, f"client {client_id!r}: {type(error).__name__}: {error}")
+            logger.warning("evaluation: %s; left out", failure, exc_info=not failed)
+            failed.append((client_id, failure))
+            continue
+        if metrics is not None:
+            found.append((client_id, metrics))
+    if processes.count == 1:
+        return dict(found), dict(failed)
+    told = processes.collect((found, failed))
+    everything = {client_id: metrics for part, _ in told for client_id, metrics in part}
+    failures = {client_id: Failure(*failure) for _, part in told for client_id, failure in part}
+    return {k: everything[k] for k in order if k in everything}, {k: failures[k] for k in order if k in failures}
 
 
 def summarize(client_metrics: Mapping[ClientId, Metrics]) -> Metrics:

@@ -37,7 +37,7 @@ from floral_peft.federated.checks import check_callbacks, check_types
 from floral_peft.federated.cohort import CohortTraining
 from floral_peft.federated.cohort_choice import Parts, build_training, choose_kind
 from floral_peft.federated.dataset import FederatedDataset
-from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, summarize
+from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, evaluate_clients, summarize
 from floral_peft.federated.forward import Forward, LossFunction
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.identity import Identity, differing, identity
@@ -236,33 +236,15 @@ class FederatedTrainer:
             ValueError: No client has examples for evaluation, or all of them fail.
         """
         began = time.perf_counter()
-        found: list[tuple[ClientId, Metrics]] = []
-        failed: list[tuple[ClientId, str, str]] = []
         with self._visit():
-            for client_id, private in self._visits(self.dataset, self._private, split="test"):
-                try:
-                    metrics = self._evaluate_client(client_id, private())
-                except Exception as error:  # as in training: a client's failure is its own loss
-                    reason = f"client {client_id!r}: {type(error).__name__}: {error}"
-                    logger.warning("evaluation: %s; left out", reason, exc_info=not failed)
-                    failed.append((client_id, type(error).__name__, reason))
-                    continue
-                if metrics is not None:
-                    found.append((client_id, metrics))
-        if self.processes.count > 1:
-            told = self.processes.collect((found, failed))
-            place = {client_id: position for position, client_id in enumerate(self.dataset)}
-            found, failed = (
-                sorted((item for part in told for item in part[kind]), key=lambda item: place[item[0]])
-                for kind in (0, 1)
-            )
-        self.client_metrics = dict(found)
-        if not found:
-            raise ValueError(f"no client can be evaluated; {failed[0][2]}" if failed else _NO_TEST)
+            visits = self._visits(self.dataset, self._private, split="test")
+            self.client_metrics, failed = evaluate_clients(visits, self._evaluate_client, self.processes, self.dataset)
+        if not self.client_metrics:
+            raise ValueError(f"no client can be evaluated; {next(iter(failed.values()))}" if failed else _NO_TEST)
         summary = summarize(self.client_metrics)
         counted = {
-            "clients_evaluated": len(found),
-            "clients_failed": {str(client_id): kind for client_id, kind, _ in failed},
+            "clients_evaluated": len(self.client_metrics),
+            "clients_failed": {str(client_id): failure.kind for client_id, failure in failed.items()},
             "seconds": {"evaluate": time.perf_counter() - began},
         }
         self._records.add({"event": "evaluate", "round": self._round, **summary, **counted})
