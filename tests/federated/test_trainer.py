@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 
 from floral_peft.federated import (
     CheckpointError,
+    ClientUpdate,
     FederatedArguments,
     FederatedDataset,
     FederatedTrainer,
     TooFewClientsError,
 )
+from floral_peft.federated.aggregation import WeightedMean
 
 from .clients import examples, floral_net, net, population, tensors, trainer
 
@@ -219,28 +222,47 @@ def test_a_plain_model_is_published_as_safetensors(tmp_path: Path) -> None:
 CANARY = (1234.5678, -8765.4321)
 
 
-def test_no_private_tensor_is_in_anything_but_the_clients_own_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cohort", ["loop", "vectorized"])
+def test_no_private_tensor_is_in_anything_but_the_clients_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cohort: str
+) -> None:
+    """Every client's router is a pattern that is searched in all that is sent, saved, logged and published."""
     data = population()
     model = floral_net(num_clients=4, client_names=list(data))
-    router = torch.tensor(CANARY)
-    model.set_routers(router.expand(4, 1, 2), list(data))
-    run = trainer(
-        tmp_path,
-        model=model,
-        dataset=data,
-        router_learning_rate=0.0,
-        save_steps=1,
-        eval_steps=1,
-        server_optimizer="adam",
-    )
-    run.train()
-    run.publish(tmp_path / "published")
-    pattern = router[:1].numpy().tobytes()
-    text = f"{float(router[0]):.6}"[:7].encode()
+    routers = torch.tensor(CANARY) + torch.arange(4.0)[:, None]
+    model.set_routers(routers[:, None], list(data))
+    sent: list[bytes] = []
+    add = WeightedMean.add
+
+    def noting(mean: WeightedMean, update: ClientUpdate) -> None:
+        told = {**update.deltas, "usage": torch.empty(0) if update.usage is None else update.usage}
+        sent.append(repr(update).encode() + b"".join(value.numpy().tobytes() for value in told.values()))
+        add(mean, update)
+
+    monkeypatch.setattr(WeightedMean, "add", noting)
+    settings: dict[str, Any] = {
+        "dataset": data,
+        "router_learning_rate": 0.0,
+        "save_steps": 1,
+        "eval_steps": 1,
+        "server_optimizer": "adam",
+        "cohort": cohort,
+    }
+    with caplog.at_level(logging.DEBUG):
+        trainer(tmp_path, model=model, **settings).train()
+        run = trainer(tmp_path, model=model, rounds=3, **settings)
+        run.train(resume_from_checkpoint=True)
+        run.publish(tmp_path / "published")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    found = {path.relative_to(tmp_path).parts[0] for path in files if pattern in path.read_bytes()}
-    assert found == {"private"}
-    assert not any(text in path.read_bytes() for path in files if "private" not in path.parts)
+    contents = [path.read_bytes() for path in files if "private" not in path.parts]
+    everything = [*contents, *sent, caplog.text.encode(), json.dumps(run.records).encode()]
+    assert len(sent) == 4 * 3
+    for router in routers:
+        patterns = [value.to(kind).numpy().tobytes() for value in router for kind in (torch.float32, torch.float64)]
+        patterns += [f"{float(value):.6}"[:7].encode() for value in router]
+        assert not any(pattern in content for pattern in patterns for content in everything)
+        stored = [path for path in files if "private" in path.parts and patterns[0] in path.read_bytes()]
+        assert stored, "the pattern is not even where it belongs"
 
 
 # Checkpoints
