@@ -23,16 +23,6 @@ from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator
 from floral_peft.federated.best import exported, note_evaluation, restore
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
-from floral_peft.federated.checkpoint import (
-    Checkpoint,
-    checkpoint_rounds,
-    discard_checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    private_files,
-    prune_checkpoints,
-    save_checkpoint,
-)
 from floral_peft.federated.checks import check_callbacks, check_types
 from floral_peft.federated.cohort import CohortTraining
 from floral_peft.federated.cohort_choice import Parts, build_training, choose_kind
@@ -49,6 +39,7 @@ from floral_peft.federated.processes import Message, ProcessError, pack_states, 
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
 from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
+from floral_peft.federated.run_folder import RunFolder
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
 from floral_peft.federated.stateless import Relearning
@@ -147,6 +138,7 @@ class FederatedTrainer:
         )
         self._store = PrivateStore(self.output_dir / "private")
         self._records = Records(self.output_dir / "records.jsonl", written=self.processes.is_main)
+        self._folder = RunFolder(self.output_dir, self._store, self._records, args.save_total_limit)
         self._round = 0
         self._visiting = False
         self.client_metrics: dict[ClientId, Metrics] = {}
@@ -203,7 +195,7 @@ class FederatedTrainer:
         with self._visit():
             probe(self.model, self._forward, self.dataset, self._collator, self.accelerator.device)
         self._round, self.state.max_steps = server.round, self.args.rounds
-        self.processes.on_main(partial(self._go_back, server.round))
+        self.processes.on_main(partial(self._folder.go_back, server.round, self.state.best_global_step))
         self._records.items[:] = self.processes.broadcast((self._records.items, {}))[0]
         if self.args.report_to:
             simple = {k: v for k, v in self.args.to_dict().items() if isinstance(v, (bool, int, float, str))}
@@ -286,14 +278,13 @@ class FederatedTrainer:
 
     def _evaluate_client(self, client_id: ClientId, private: PrivateState) -> Metrics | None:
         """None for a client without examples for evaluation."""
-        splits = self.dataset[client_id]
-        if not _has_test(splits):
+        if not self.dataset.num_examples(client_id, "test"):
             return None
         self._visitor.load(self._relearned(client_id, private))
         return evaluate_client(
             self.model,
             self._forward,
-            splits["test"],
+            self.dataset[client_id]["test"],
             self._collator,
             self.args.per_device_eval_batch_size,
             self.accelerator,
@@ -331,7 +322,7 @@ class FederatedTrainer:
             reports.append(report)
             self._end_round(server, report)
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            self._take_best(server)
+            self._take_best(server, self.state.best_global_step)
         self._event("on_train_end")
         return reports
 
@@ -459,12 +450,9 @@ class FederatedTrainer:
         mine = self._identity
 
         def read() -> Message:
-            resume = find_checkpoint(self.output_dir, wanted) if wanted else None
-            if resume is None and not self.args.overwrite_output_dir:
-                self._check_output_dir()
-            start = Checkpoint(held) if resume is None else load_checkpoint(resume, held, mine)
-            value, tensors = start.server.to_message()
-            return (start.trainer, value), tensors
+            first = self._folder.first(wanted, held, mine, self.args.overwrite_output_dir)
+            value, tensors = first.server.to_message()
+            return (first.trainer, value), tensors
 
         mains = self.processes.broadcast((mine, {}))[0]
         if (name := differing(mains, mine)) is not None:
@@ -476,57 +464,27 @@ class FederatedTrainer:
         restore(remembered, self.state, self.callback_handler.callbacks)
         return held.of_message((value, tensors))
 
-    def _go_back(self, round: int) -> None:
-        """Forget what an earlier run has written after a round."""
-        kept = private_files(self.output_dir, [k for k in checkpoint_rounds(self.output_dir) if k <= round])
-        self._store.restore(kept[round] if round else (), kept)
-        discard_checkpoints(self.output_dir, after=round)
-        self._prune()  # a crash may have come before it
-        self._store.sweep()
-        self._records.start(round)
-
     def _install_routers(self) -> None:
         """Put the clients' routers into the model's table, in every process. Clients that keep nothing have none."""
         if self._routers is not None and self._relearning is None:
             self._routers.install(self.dataset.ids, self._trained_routers(self._routers.name))
 
-    def _check_output_dir(self) -> None:
-        """Refuse a folder that holds another run."""
-        where = f"output_dir={self.args.output_dir!r} holds"
-        remedy = "choose another output_dir, or give that run up by overwrite_output_dir=True."
-        if checkpoint_rounds(self.output_dir):
-            remedy = f"go on with it by train(resume_from_checkpoint=True), {remedy}"
-            raise ValueError(f"{where} the checkpoints of an earlier run: {remedy}")
-        if not self._records.started and (self._records.on_disk() or self._store.holds_any()):
-            raise ValueError(f"{where} the records or the clients' state of an earlier run: {remedy}")
-
     def _save(self, server: ServerState) -> None:
         if self.state.best_global_step == server.round:
             self.state.best_model_checkpoint = str(self.output_dir / f"checkpoint-{server.round}")
-        self.processes.on_main(partial(self._write_checkpoint, server))
+
+        def write() -> None:
+            remembered = exported(self.state, self.callback_handler.callbacks)
+            self._folder.save(server, remembered, self._identity, self.state.best_global_step)
+
+        self.processes.on_main(write)
         self._event("on_save")
 
-    def _write_checkpoint(self, server: ServerState) -> None:
-        remembered = exported(self.state, self.callback_handler.callbacks)
-        checkpoint = Checkpoint(server, private=self._store.snapshot(server.round), trainer=remembered)
-        save_checkpoint(self.output_dir, checkpoint, self._identity)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Delete the checkpoints above the limit, and the private state that only they needed."""
-        best = [] if self.state.best_global_step is None else [self.state.best_global_step]
-        prune_checkpoints(self.output_dir, self.args.save_total_limit, spare=best)
-        self._store.keep(checkpoint_rounds(self.output_dir))
-
-    def _take_best(self, server: ServerState) -> None:
+    def _take_best(self, server: ServerState, round: int) -> None:
         """Go back to the best checkpoint: the server's tensors and the clients' private state of its round."""
 
         def read() -> Message:
-            folder = self.output_dir / f"checkpoint-{self.state.best_global_step}"
-            best = load_checkpoint(folder, server, self._identity)
-            self._store.restore(best.private, private_files(self.output_dir, checkpoint_rounds(self.output_dir)))
-            self._store.sweep()
-            return best.server.to_message()
+            return self._folder.take(round, server, self._identity).to_message()
 
         best = server.of_message(self.processes.on_main(read))
         self._visitor.load(self._untrained, best)
@@ -542,7 +500,3 @@ class FederatedTrainer:
         """Tell the callbacks of every process; where they want different things, main's count."""
         self.control = getattr(self.callback_handler, name)(self.args, self.state, self.control, *given)
         vars(self.control).update(self.processes.broadcast((vars(self.control), {}))[0])
-
-
-def _has_test(splits: Mapping[str, Any]) -> bool:
-    return len(splits.get("test", ())) > 0
