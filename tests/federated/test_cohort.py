@@ -283,8 +283,9 @@ def rounds(folder: Path, **settings: Any) -> Any:
     return made
 
 
-def test_a_run_side_by_side_is_a_run_in_turn_up_to_rounding(tmp_path: Path) -> None:
-    loop, vectorized = (rounds(tmp_path / kind, cohort=kind) for kind in ("loop", "vectorized"))
+@pytest.mark.parametrize("stateless", [False, True])
+def test_a_run_side_by_side_is_a_run_in_turn_up_to_rounding(tmp_path: Path, stateless: bool) -> None:
+    loop, vectorized = (rounds(tmp_path / kind, cohort=kind, stateless=stateless) for kind in ("loop", "vectorized"))
     for name, value in loop.model.state_dict().items():
         assert torch.allclose(vectorized.model.state_dict()[name], value, atol=2e-5), name
     assert torch.allclose(vectorized.mixtures()[1], loop.mixtures()[1], atol=2e-5)
