@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state:
             raise ValueError(f'cohort="vectorized": {reason.rstrip(".")}. Choose cohort="auto" or "loop".')
         return "vectorized"
     seconds = {} if reason is not None else _seconds_per_client(trial, client_ids, load, state)
-    faster = "vectorized" in seconds and MARGIN * seconds["vectorized"] < seconds["loop"]
+    faster = "vectorized" in seconds and _is_faster(seconds, trial, client_ids)
     kind = "vectorized" if faster else "loop"
     logger.info("clients train by cohort=%r: %s", kind, reason or f"seconds per client {seconds}")
     found = {"cohort": kind, "device": device, "seconds_per_client": seconds, "reason": reason}
@@ -110,6 +110,14 @@ def _seconds_per_client(
         if len(some) > 1:
             seconds["vectorized"] = _time(side_by_side, some, load, state)
     return seconds
+
+
+def _is_faster(seconds: Mapping[str, float], parts: Parts, client_ids: Sequence[ClientId]) -> bool:
+    """Whether a round side by side is clearly faster, by its busiest process: a chunk is one process's."""
+    processes = parts["accelerator"].num_processes
+    sizes = sorted(map(len, SideBySide(**parts).chunks(client_ids)), reverse=True)
+    busiest = sum(sizes[::processes])
+    return MARGIN * seconds["vectorized"] * busiest < seconds["loop"] * -(-len(client_ids) // processes)
 
 
 def _time(training: CohortTraining, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> float:

@@ -33,11 +33,9 @@ from floral_peft.tuner import factor_pairs
 
 logger = logging.getLogger(__name__)
 
-#: Most clients of a chunk, on a GPU and on a CPU, where other processes want their share.
+#: Most clients of a chunk, on a GPU and on a CPU: more are hardly faster, and a chunk is one process's.
 CHUNK_CLIENTS = 256
-CPU_CHUNK_CLIENTS = 64
-#: From so many clients on, a CPU's chunks are two at least.
-CPU_SPLIT_CLIENTS = 32
+CPU_CHUNK_CLIENTS = 128
 #: Bytes of a chunk's tensors: parameters, gradients, the optimiser's memories.
 CHUNK_BYTES = 2**30
 #: Bytes of a chunk's examples that are held in memory for the chunk's whole visit.
@@ -94,15 +92,12 @@ class SideBySide:
         held = tensors_of(model)
         size = sum(held[name].numel() * held[name].element_size() for name in self._names)
         # Beside the tensors: gradients, what the server had, and up to two memories of the optimiser.
-        self._on_cpu = accelerator.device.type == "cpu"
-        most = CPU_CHUNK_CLIENTS if self._on_cpu else CHUNK_CLIENTS
+        most = CPU_CHUNK_CLIENTS if accelerator.device.type == "cpu" else CHUNK_CLIENTS
         self._chunk_clients = max(1, min(most, CHUNK_BYTES // max(1, 5 * size)))
 
     def chunks(self, client_ids: Sequence[ClientId]) -> list[list[ClientId]]:
         """Groups of about the same size. They depend on the clients' number and order, not on the processes."""
         count = -(-len(client_ids) // self._chunk_clients)
-        if self._on_cpu and len(client_ids) >= CPU_SPLIT_CLIENTS:
-            count = max(count, 2)
         bounds = [len(client_ids) * index // count for index in range(count + 1)] if count else []
         return [list(client_ids[start:end]) for start, end in pairwise(bounds)]
 

@@ -153,17 +153,27 @@ def test_bad_examples_of_the_first_clients_are_not_the_models_fault(tmp_path: Pa
     assert chooser.choose() == "vectorized"
 
 
+def test_a_chunk_that_leaves_other_processes_idle_must_make_up_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(monkeypatch, 3.0, 2.0)
+    chooser = Chooser(tmp_path, clients=4, cohort="auto")
+    assert chooser.choose() == "vectorized"
+    monkeypatch.setattr(type(chooser.trainer.accelerator), "num_processes", 2)
+    assert chooser.choose() == "loop"
+
+
 def test_the_kind_is_built_by_its_name(tmp_path: Path) -> None:
     parts = Chooser(tmp_path).parts
     assert isinstance(build_training("loop", parts), InTurn)
     assert isinstance(build_training("vectorized", parts), SideBySide)
 
 
-def test_chunks_are_even_and_a_cpus_cohort_is_split_for_several_processes(tmp_path: Path) -> None:
+def test_chunks_are_even(tmp_path: Path) -> None:
     training = build_training("vectorized", Chooser(tmp_path).parts)
     assert [len(chunk) for chunk in training.chunks(range(31))] == [31]
-    assert [len(chunk) for chunk in training.chunks(range(100))] == [50, 50]
-    assert [len(chunk) for chunk in training.chunks(range(130))] == [43, 43, 44]
+    assert [len(chunk) for chunk in training.chunks(range(100))] == [100]
+    assert [len(chunk) for chunk in training.chunks(range(300))] == [100, 100, 100]
     assert training.chunks([]) == []
     assert [one for chunk in training.chunks(range(300)) for one in chunk] == list(range(300))
 
