@@ -50,7 +50,10 @@ class Forward:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | None = None) -> None:
+        # A plain PeftModel calls its base model and adds nothing, but takes a while for it.
         self._model = model
+        if type(model) is PeftModel and not model._forward_hooks and not model._forward_pre_hooks:
+            self._model = model.get_base_model()
         self._loss_fn = loss_fn
         inner = _innermost(model)
         self._who = type(inner).__name__

@@ -104,22 +104,25 @@ class MergedLinear(torch.autograd.Function):
         )
 
 
-def fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether such an operation may stand in for separate ones: gradients wanted, and nothing that looks inside."""
-    if (
-        not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(x.device.type)
-        or type(x) not in _PLAIN
-    ):
-        return False
-    dtype, device = x.dtype, x.device
-    for tensor in others:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.dtype != dtype or tensor.device != device):
-            return False
-    return True
+def fits(x: Tensor, weight: Tensor, factor: Tensor) -> bool:
+    """Whether such an operation may stand in for separate ones: gradients wanted, and nothing that looks inside.
+
+    Args:
+        x: the layer's input.
+        weight: the base layer's.
+        factor: one of the adaptors' factors; they are of one dtype and on one device.
+    """
+    return (
+        x.dtype == weight.dtype == factor.dtype
+        and torch.is_grad_enabled()
+        and type(x) in _PLAIN
+        and type(factor) in _PLAIN
+        and x.device == factor.device == weight.device
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -170,6 +170,10 @@ class FloralModel(BaseTuner):
                 rows = self.router.rows(client)
         self.router.begin_forward(rows)
         return args, kwargs
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """PEFT asks for this before every pass. Nothing is to be enabled; its absence would be slow to find out."""
+        return nullcontext()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         self.router.end_forward(output)

@@ -48,7 +48,7 @@ class Router(nn.Module):
         self.selection = Selection(self.client)
         self.recomputation = Recomputation[Selection]()
         self._several = False
-        self._pass: dict[str, Tensor] | None = None  # what a forward pass has computed so far
+        self._pass: dict[Any, Tensor] | None = None  # what a forward pass has computed so far
 
     # The table
 
@@ -210,34 +210,32 @@ class Router(nn.Module):
         Returns:
             shape (n, C), or (n, L, C) without a slot; n is 1, or the number of examples. Rows sum to 1.
         """
-        if selection is None:
-            selection = self._selection_of_this_call()
-        pi = self._once_a_pass(adapter_name, selection)
-        if slot is None:
-            return pi
-        return pi.view(-1, pi.shape[-1]) if pi.shape[1] == 1 else pi[:, slot]
-
-    def _selection_of_this_call(self) -> Selection:
-        if torch.compiler.is_compiling():
-            return self.selection
-        if self._pass is None:
-            return self.recomputation.current(self.selection)
+        if selection is not None or self._pass is None or torch.compiler.is_compiling():
+            if selection is None:
+                compiling = torch.compiler.is_compiling()
+                selection = self.selection if compiling else self.recomputation.current(self.selection)
+            return _of_slot(self._softmax(adapter_name, selection), slot)
+        # all layers of a pass share one softmax, unless they may have to run again one by one
         self.recomputation.note()
-        return self.selection  # of the pass at hand, be it the first one or the recomputation of a whole model
+        if self.recomputation.checkpointed:
+            return _of_slot(self._softmax(adapter_name, self.selection), slot)
+        known = self._pass.get((adapter_name, slot))
+        if known is None:
+            whole = self._pass.get((adapter_name, None))
+            if whole is None:
+                whole = self._pass[adapter_name, None] = self._softmax(adapter_name, self.selection)
+            known = self._pass[adapter_name, slot] = _of_slot(whole, slot)
+        return known
 
-    def _once_a_pass(self, adapter_name: str, selection: Selection) -> Tensor:
-        """All layers of a pass share one softmax, unless they may have to run again one by one (checkpoints)."""
-        shared = (
-            self._pass is not None
-            and selection is self.selection
-            and not torch.compiler.is_compiling()
-            and not self.recomputation.checkpointed
-        )
-        if not shared or self._pass is None:
-            return self._softmax(adapter_name, selection)
-        if adapter_name not in self._pass:
-            self._pass[adapter_name] = self._softmax(adapter_name, selection)
-        return self._pass[adapter_name]
+    def weights(self, mixture: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """s·π of one client, shape (C,), from what `mixture` gave: computed once a pass, too."""
+        if self._pass is None or self.recomputation.checkpointed or torch.compiler.is_compiling():
+            return _scaled(mixture, scale, dtype)
+        key = (id(mixture), scale, dtype)  # while the pass lasts, so does the mixture
+        known = self._pass.get(key)
+        if known is None:
+            known = self._pass[key] = _scaled(mixture, scale, dtype)
+        return known
 
     def _softmax(self, adapter_name: str, selection: Selection) -> Tensor:
         """(n, L, C) of all layers' routers, in float32 at least."""
@@ -272,6 +270,18 @@ class Router(nn.Module):
         empty = table.device.type == "meta"  # the checkpoint holds no router
         values = torch.zeros(table.shape, device=device, dtype=table.dtype) if empty else table.detach().to(device)
         self.logits[adapter_name] = nn.Parameter(values, requires_grad=table.requires_grad)
+
+
+def _of_slot(pi: Tensor, slot: int | None) -> Tensor:
+    """One layer's (n, C) of (n, L, C); all of it without a slot."""
+    if slot is None:
+        return pi
+    return pi.view(-1, pi.shape[-1]) if pi.shape[1] == 1 else pi[:, slot]
+
+
+def _scaled(mixture: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    weights = mixture.view(-1).to(dtype)
+    return weights if scale == 1 else weights * scale
 
 
 @dataclass

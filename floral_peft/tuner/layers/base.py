@@ -115,10 +115,11 @@ class FloralLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = [] if self.merged else [name for name in self.active_adapters if self.holds(name)]
+        slots = self.slot
+        names = [] if self.merged_adapters else [name for name in self.active_adapters if name in slots]
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        mixtures = [self.router.mixture(name, self.slot[name]) for name in names]
+        mixtures = [self.router.mixture(name, slots[name]) for name in names]
         if not args and not kwargs and self._may_run_base(mixtures):
             result = self.fused(x, names[0], mixtures[0]) if len(names) == 1 else None
             if result is not None:
@@ -138,7 +139,7 @@ class FloralLayer(nn.Module, BaseTunerLayer):
         if type(base) not in self.exact_types or base._forward_hooks or base._forward_pre_hooks:
             return False  # hooks would be passed by, and may be what shards or offloads the layer
         for mixture in mixtures:
-            if len(mixture) != 1:
+            if mixture.shape[0] != 1:
                 return False
         for name, parameter in base._parameters.items():
             # by getattr: FSDP hides parameters behind attributes while it runs
@@ -165,9 +166,10 @@ class FloralLayer(nn.Module, BaseTunerLayer):
 
     def merges(self, x: Tensor, *names: str) -> bool:
         """Whether a call merges: as these adapters' configs ask, and if all leave it open, where it is cheaper."""
-        asked = [self.compute[name] for name in names]
-        if "stacked" in asked or "merged" in asked:
-            return "stacked" not in asked
+        for compute in ("stacked", "merged"):
+            for name in names:
+                if self.compute[name] == compute:
+                    return compute == "merged"
         stacked, merged = self._sum_of_costs(x, names)
         return merged < stacked
 

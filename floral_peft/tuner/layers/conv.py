@@ -120,7 +120,7 @@ class Conv(ConvLayer):
             inputs is None
             or self.compute[adapter_name] == "stacked"
             or x.dim() != inputs[0].dim()
-            or not fits(x, *inputs)
+            or not fits(x, inputs[0], inputs[2])
         ):
             return None
         goes_first = [size == 1 for size in self.floral_B[adapter_name].shape[3:]]

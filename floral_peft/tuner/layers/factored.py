@@ -151,15 +151,13 @@ class FactoredLayer(FloralLayer):
         if adapter_name in self.floral_shared_A:
             return None
         base: Any = self.base_layer
-        scale = self.scaling[adapter_name]
-        w = mixture.view(-1).to(dtype)
         return (
             base.weight,
             base.bias,
             _held(self.floral_A, adapter_name),
             _held(self.floral_B, adapter_name),
             _get(self.floral_bias, adapter_name),
-            w if scale == 1 else w * scale,
+            self.router.weights(mixture, self.scaling[adapter_name], dtype),
         )
 
     @override

@@ -35,11 +35,16 @@ class Linear(FactoredLayer):
     @override
     def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
         inputs = self.fused_inputs(adapter_name, mixture, x.dtype)
-        if inputs is None or x.dim() < 2 or not fits(x, *inputs):
+        if inputs is None or x.dim() < 2 or not fits(x, inputs[0], inputs[2]):
             return None
-        weight, *others = inputs
-        operation = MergedLinear if self.merges(x, adapter_name) else StackedLinear
-        return operation.apply(x, weight.T if self.fan_in_fan_out else weight, *others)
+        compute = self.compute[adapter_name]
+        if compute == "auto":
+            stacked, merged = _costs(x, self.out_features, inputs[2], trained=inputs[0].requires_grad)
+            compute = "merged" if merged < stacked else "stacked"
+        operation = MergedLinear if compute == "merged" else StackedLinear
+        if self.fan_in_fan_out:
+            return operation.apply(x, inputs[0].T, *inputs[1:])
+        return operation.apply(x, *inputs)
 
     @override
     def add(self, x: Tensor, result: Tensor, factors: Factors, mixture: Tensor) -> Tensor:
@@ -68,23 +73,25 @@ class Linear(FactoredLayer):
 
     @override
     def costs(self, x: Tensor, adapter_name: str) -> tuple[float, float]:
-        """Of a forward pass, and with gradients also of the backward one, for which a weight is merged again.
-
-        A frozen base has no product for its own weight's gradient; merged, it needs one: the factors' come from it.
-        """
-        a = self.floral_A[adapter_name]
-        c, r, n = a.shape
-        m, rows = self.out_features, x.numel() / n
-        stacked, merged = rows * c * r * (m + n), float(c * r * m * n)
-        if is_grad_enabled():
-            stacked, merged = 3 * stacked, 4 * merged
-            if not self.get_base_layer().weight.requires_grad:
-                merged += rows * m * n
-        return stacked, merged
+        trained = self.get_base_layer().weight.requires_grad
+        return _costs(x, self.out_features, self.floral_A[adapter_name], trained=trained)
 
     @override
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name not in self.floral_bias  # PEFT converts weights only
+
+
+def _costs(x: Tensor, m: int, a: Tensor, *, trained: bool) -> tuple[float, float]:
+    """Of a forward pass, and with gradients also of the backward one, for which a weight is merged again.
+
+    A frozen base has no product for its own weight's gradient; merged, it needs one: the factors' come from it.
+    """
+    c, r, n = a.shape
+    rows, terms = x.numel() // n, c * r
+    stacked, merged = rows * terms * (m + n), terms * m * n
+    if is_grad_enabled():
+        stacked, merged = 3 * stacked, 4 * merged + (0 if trained else rows * m * n)
+    return stacked, merged
 
 
 def _per_row(bias: Tensor, result: Tensor, layer: str) -> Tensor:
