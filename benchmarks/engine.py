@@ -77,7 +77,12 @@ def adapted(net: nn.Module, trained: bool) -> Any:
 
 
 def run_rounds(
-    model: nn.Module, method: str, setting: Setting, clients: FederatedDataset, options: argparse.Namespace, **more: Any
+    model: nn.Module,
+    method: str,
+    setting: Setting,
+    clients: FederatedDataset,
+    options: argparse.Namespace,
+    **more: Any,
 ) -> tuple[list[float], list[dict[str, float]]]:
     """Seconds of each round but the first, in all and by phase."""
     clock = Clock(options.clock)

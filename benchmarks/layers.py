@@ -43,6 +43,10 @@ from floral_peft.tuner import factor_pairs, precondition_gradients
 
 get_peft_model: Any = peft.get_peft_model
 
+SECONDS = 3.0
+MOST_ROUNDS = 300
+"""A case is repeated for so long, but not more often."""
+
 Step = tuple[Any, Callable[[], Any]]
 """A model, and a function that runs one step of it."""
 
@@ -306,13 +310,14 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in steps}
     # one thread's processor time does not count what else runs on the machine
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    for round in range(rounds + 2):
-        order = list(steps)
-        rng.shuffle(order)
-        for name in order:
-            seconds = timed(steps[name], device, clock)
-            if round >= 2:  # the first rounds warm up
-                times[name].append(seconds)
+    for step in [*steps.values()] * 2:  # to warm up
+        timed(step, device, clock)
+    began = time.perf_counter()
+    while len(times[case.reference]) < rounds or (
+        time.perf_counter() - began < SECONDS and len(times[case.reference]) < MOST_ROUNDS
+    ):
+        for name in rng.sample(list(steps), len(steps)):
+            times[name].append(timed(steps[name], device, clock))
     result: dict[str, Any] = {"case": case.name, "reference": case.reference, "compiled": compiled, "variants": {}}
     for name, own in times.items():
         ratios = [one / other for one, other in zip(own, times[case.reference], strict=True)]
@@ -344,7 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="linear,small,conv,mnist,cifar,vgg,transformer")
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=9, help="at least; small cases are repeated more often")
     parser.add_argument("--threads", default="1")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
