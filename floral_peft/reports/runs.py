@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from floral_peft.federated import ClientId
 RECORDS = "records.jsonl"
 CLIENTS = "client_metrics.jsonl"
 SETTINGS = "settings.yaml"
+MIXTURES = "mixtures.jsonl"
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,32 @@ class Run:
         settings: Every setting it was trained with, by name, `task` and `method` among them.
         records: What happened, in order: an event per round and per evaluation.
         client_metrics: Client id → its last metrics.
+        mixtures: One row per client, with `client`, `mixture` and, where it is known, `cluster`.
+        result: What was found when the run was done: `label`, `parameters`, `base_parameters`, `adjusted_rand_index`.
+            Empty while it is not.
     """
 
     folder: Path
     settings: dict[str, Any]
     records: list[dict[str, Any]]
     client_metrics: dict[ClientId, dict[str, float]]
+    mixtures: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """The task's name, or where it was trained if that is not known."""
+        return str(self.settings.get("task", self.folder.parent.name))
+
+    @property
+    def seed(self) -> int | None:
+        """The seed, if it is known."""
+        return self.settings.get("seed")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was trained and evaluated to its end."""
+        return bool(self.result or self.client_metrics)
 
     @property
     def method(self) -> str:
@@ -66,15 +88,14 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not (folder / RECORDS).is_file():
         raise FileNotFoundError(f"{folder} holds no {RECORDS}: give the folder that a run was written to.")
-    settings = folder / SETTINGS
-    clients = folder / CLIENTS
+    clients = _read_lines(folder / CLIENTS, needed={"client": (str, int)})
     return Run(
         folder=folder,
-        settings=_read_settings(settings) if settings.is_file() else {},
+        settings=_read_settings(folder / SETTINGS),
         records=_read_lines(folder / RECORDS, needed={"event": str, "round": int}),
-        client_metrics={row.pop("client"): row for row in _read_lines(clients, needed={"client": (str, int)})}
-        if clients.is_file()
-        else {},
+        client_metrics={row.pop("client"): row for row in clients},
+        mixtures=_read_lines(folder / MIXTURES, needed={"client": (str, int), "mixture": list}),
+        result=_read_result(folder / RESULT),
     )
 
 
@@ -109,6 +130,8 @@ def _read_text(path: Path) -> str:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     text = _read_text(path)
     try:
         settings = yaml.safe_load(text)
@@ -119,7 +142,22 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        result = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: expected an object, got {type(result).__name__}.")
+    return result
+
+
 def _read_lines(path: Path, needed: dict[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """One object a line; none where there is no file."""
+    if not path.is_file():
+        return []
     rows = []
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         try:
