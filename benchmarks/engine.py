@@ -76,15 +76,19 @@ def adapted(net: nn.Module, trained: bool) -> Any:
     return get_peft_model(net, FloralConfig(num_adaptors=4, budget=0.01, target_modules=targets, train_base=trained))
 
 
+Rounds = tuple[list[float], list[dict[str, float]]]
+"""Seconds of each round, in all and by phase."""
+
+
 def run_rounds(
     model: nn.Module,
     method: str,
     setting: Setting,
     clients: FederatedDataset,
     options: argparse.Namespace,
-    **more: Any,
-) -> tuple[list[float], list[dict[str, float]]]:
-    """Seconds of each round but the first, in all and by phase."""
+    cohort: str,
+) -> Rounds:
+    """Every round but the first."""
     clock = Clock(options.clock)
     with tempfile.TemporaryDirectory() as folder:
         args = FederatedArguments(
@@ -95,7 +99,7 @@ def run_rounds(
             learning_rate=setting.learning_rate,
             use_cpu=options.device == "cpu",
             disable_tqdm=True,
-            **more,
+            cohort=cohort,
         )
         trainer = FederatedTrainer(model, args, clients, method=method, callbacks=[clock])
         trainer.train()
@@ -115,7 +119,7 @@ def plain_rounds(setting: Setting, options: argparse.Namespace) -> list[float]:
     return seconds[1:]
 
 
-Variant = Callable[[], tuple[list[float], list[dict[str, float]]]]
+Variant = Callable[[], Rounds]
 
 
 def compare(title: str, variants: dict[str, Variant], reference: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,9 +143,9 @@ def compare(title: str, variants: dict[str, Variant], reference: str, options: a
             "seconds": median,
             "phases": share,
         }
-        told = ", ".join(f"{phase} {1000 * value:.1f}" for phase, value in share.items())
-        print(f"  {name:22} {median / scale:6.2f} ×   [{low / scale:.2f}, {high / scale:.2f}]   {median:8.4f} s a round"
-              + (f"   ms: {told}" if told else ""))  # fmt: skip
+        told = "   ms: " + ", ".join(f"{phase} {1000 * value:.1f}" for phase, value in share.items()) if share else ""
+        spread = f"[{low / scale:.2f}, {high / scale:.2f}]"
+        print(f"  {name:12} {median / scale:6.2f} ×   {spread}   {median:8.4f} s a round{told}")
     sys.stdout.flush()
     return result
 
@@ -153,7 +157,7 @@ def rounds_part(options: argparse.Namespace) -> list[dict[str, Any]]:
         clients = clients_of(setting)
 
         def ours(method: str, setting: Setting = setting, clients: FederatedDataset = clients) -> Variant:
-            def run() -> tuple[list[float], list[dict[str, float]]]:
+            def run() -> Rounds:
                 net = initial_net(setting)
                 model = adapted(net, trained=True) if method == "floral" else net
                 return run_rounds(model, method, setting, clients, options, cohort="loop")
@@ -170,16 +174,16 @@ def rounds_part(options: argparse.Namespace) -> list[dict[str, Any]]:
 def cohort_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     """100 clients one after the other, and at once."""
     results = []
-    for title, net, trained in (("784-200-10, frozen base", "mnist", False), ("784-200-10, trained base", "mnist", True),
-                                ("CIFAR-10 net, trained base", "CIFAR-10 net", True)):  # fmt: skip
-        like = SETTINGS["mnist"] if net == "mnist" else PAPER_NETS[net]
-        setting = Setting(title, like.net, like.shape, 100, 64, 100, 32, 0.1, pattern=0.1)
+    mnist, cifar = SETTINGS["mnist"], PAPER_NETS["CIFAR-10 net"]
+    for like, trained in ((mnist, False), (mnist, True), (cifar, True)):
+        title = f"{'784-200-10' if like is mnist else like.name}, {'trained' if trained else 'frozen'} base"
+        setting = Setting(title, like.net, like.shape, 100, 128, 100, 32, 0.1, pattern=0.1)
         clients = clients_of(setting)
 
         def ours(
             cohort: str, setting: Setting = setting, clients: FederatedDataset = clients, trained: bool = trained
         ) -> Variant:
-            def run() -> tuple[list[float], list[dict[str, float]]]:
+            def run() -> Rounds:
                 return run_rounds(
                     adapted(initial_net(setting), trained), "floral", setting, clients, options, cohort=cohort
                 )

@@ -265,19 +265,20 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    held = peak = 0
+    held = lowest = peak = 0
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
-            peak = max(peak, held)
+            lowest = min(lowest, held)  # a step begins by giving back the last one's gradients
+            peak = max(peak, held - lowest)
     return peak
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
+def matmul_rate(device: str, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """Floating-point operations a second of one large matrix product, the best of ten."""
     n = 2048 if device == "cpu" else 8192
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    seconds = [timed(lambda: a @ b, device, time.perf_counter) for _ in range(10)]
+    seconds = [timed(lambda: a @ b, device, clock) for _ in range(10)]
     return 2 * n**3 / min(seconds)
 
 
@@ -291,7 +292,14 @@ def timed(step: Callable[[], Any], device: str, clock: Callable[[], float]) -> f
 
 
 def measure(
-    case: Case, rounds: int, rng: random.Random, device: str, rate: float, *, compiled: bool
+    case: Case,
+    rounds: int,
+    rng: random.Random,
+    device: str,
+    rate: float,
+    clock: Callable[[], float],
+    *,
+    compiled: bool,
 ) -> dict[str, Any]:
     """Medians and quartiles of the rounds' ratios to the reference, memory, and the rate of the arithmetic."""
     built = {name: build() for name, build in case.variants.items()}
@@ -308,8 +316,6 @@ def measure(
         for model, _ in built.values():
             model.compile()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    # one thread's processor time does not count what else runs on the machine
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     for step in [*steps.values()] * 2:  # to warm up
         timed(step, device, clock)
     began = time.perf_counter()
@@ -362,12 +368,14 @@ def main() -> None:
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
         rng = random.Random(0)  # noqa: S311 (an order, not a secret)
-        rate = matmul_rate(options.device, dtype)
+        # one thread's processor time does not count what else runs on the machine
+        clock = time.process_time if options.device == "cpu" and threads == 1 else time.perf_counter
+        rate = matmul_rate(options.device, dtype, clock)
         print(f"\n# {threads} thread{'s' if threads > 1 else ''}, {options.device}, {options.dtype}: "
               f"a large matrix product runs at {rate / 1e9:,.0f} GFLOP/s")  # fmt: skip
         for case in cases(set(options.cases.split(",")), options.device, dtype, options.scale):
             if options.filter in case.name:
-                result = measure(case, options.rounds, rng, options.device, rate, compiled=options.compile)
+                result = measure(case, options.rounds, rng, options.device, rate, clock, compiled=options.compile)
                 show(result)
                 results.append(result | {"threads": threads})
     machine = {"torch": torch.__version__, "peft": peft.__version__, "machine": platform.machine()}

@@ -24,7 +24,7 @@ class StackedLinear(torch.autograd.Function):
         x: (..., in).
         weight, bias: the base layer's, (out, in) and (out,) or None.
         a, b, beta: the adaptors', (C, r, in), (out, C, r), and (C, out) or None.
-        w: (C,).
+        w: (C,), or (n, C) for n examples, whose rows lie together in x.
     """
 
     @staticmethod
@@ -32,12 +32,21 @@ class StackedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, beta: Tensor | None, w: Tensor
     ) -> Tensor:
         """Returns (..., out)."""
-        rows = x.flatten(0, -2)
-        hidden = rows.mm(a.flatten(0, 1).T)
-        shift = mixed_shift(bias, beta, w)
+        rows, first, second = x.flatten(0, -2), a.flatten(0, 1), b.flatten(1)
+        hidden = rows.mm(first.T)
+        scaled = _scaled(hidden, w, a.shape[1])
+        if w.dim() == 1:
+            shift = mixed_shift(bias, beta, w)
+        else:
+            shift = bias
+            if beta is not None:  # each example's own: C more terms of the product
+                scaled = torch.cat([scaled, w.repeat_interleave(len(rows) // len(w), 0)], 1)
+                second = torch.cat([second, beta.T], 1)
         result = rows.mm(weight.T) if shift is None else torch.addmm(shift, rows, weight.T)
-        result.addmm_(hidden * w.repeat_interleave(a.shape[1]), b.flatten(1).T)
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, beta, w, hidden)
+        result.addmm_(scaled, second.T)
+        # the hidden numbers are made again where they would be many beside the input
+        kept = hidden if 10 * len(first) <= rows.shape[1] else None
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, beta, w, kept)
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -46,21 +55,28 @@ class StackedLinear(torch.autograd.Function):
         x, weight, a, b, beta, w, hidden = ctx.saved_tensors
         of_x, of_weight, of_bias, of_a, of_b, of_beta, of_w = ctx.needs_input_grad
         rows, gradient = x.flatten(0, -2), gradients[0].flatten(0, -2)
-        first, terms = a.flatten(0, 1), w.repeat_interleave(a.shape[1])
-        if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no history
-            hidden = rows.mm(first.T)
+        first, rank = a.flatten(0, 1), a.shape[1]
+        if (of_b or of_w) and (hidden is None or torch.is_grad_enabled()):
+            hidden = rows.mm(first.T)  # if a second derivative is wanted: what was saved has no history
         of_hidden = gradient.mm(b.flatten(1))
-        to_shift, to_beta, to_w = shift_gradients(gradient.sum(0) if of_bias or of_beta or of_w else None, beta, w)
+        to_shift = to_beta = to_w = None
+        if of_bias or of_beta or of_w:
+            of_shift = gradient.sum(0) if w.dim() == 1 else gradient.view(len(w), -1, gradient.shape[1]).sum(1)
+            to_shift, to_beta, to_w = shift_gradients(of_shift, beta, w)
         if of_w:
-            own = (of_hidden * hidden).sum(0).view(a.shape[:2]).sum(1)
+            products = of_hidden * hidden
+            if w.dim() == 1:
+                own = products.sum(0).view(-1, rank).sum(1)
+            else:
+                own = products.view(len(w), -1, w.shape[1], rank).sum((1, 3))
             to_w = own if to_w is None else own + to_w
-        of_hidden = of_hidden * terms
+        of_hidden = _scaled(of_hidden, w, rank)
         return (
             gradient.mm(weight).addmm_(of_hidden, first).view(x.shape) if of_x else None,
             gradient.T.mm(rows) if of_weight else None,
             to_shift if of_bias else None,
             of_hidden.T.mm(rows).view(a.shape) if of_a else None,
-            gradient.T.mm(hidden * terms).view(b.shape) if of_b else None,
+            gradient.T.mm(_scaled(hidden, w, rank)).view(b.shape) if of_b else None,
             to_beta if of_beta else None,
             to_w,
         )
@@ -86,7 +102,9 @@ class MergedLinear(torch.autograd.Function):
         rows, gradient = x.flatten(0, -2), gradients[0].flatten(0, -2)
         first, second = a.flatten(0, 1), scaled_second(b, w).flatten(1)
         to_x = (gradient @ torch.addmm(weight, second, first)).view(x.shape) if of_x else None
-        to_shift, to_beta, to_w = shift_gradients(gradient.sum(0) if of_bias or of_beta or of_w else None, beta, w)
+        to_shift = to_beta = to_w = None
+        if of_bias or of_beta or of_w:
+            to_shift, to_beta, to_w = shift_gradients(gradient.sum(0), beta, w)
         to_weight = gradient.T @ rows if of_weight or of_a or of_b or of_w else None
         to_a = to_b = None
         if to_weight is not None:
@@ -105,7 +123,7 @@ class MergedLinear(torch.autograd.Function):
 
 
 def fits(x: Tensor, weight: Tensor, factor: Tensor) -> bool:
-    """Whether such an operation may stand in for separate ones: gradients wanted, and nothing that looks inside.
+    """Whether such an operation may stand in for separate ones: nothing looks inside.
 
     Args:
         x: the layer's input.
@@ -114,7 +132,6 @@ def fits(x: Tensor, weight: Tensor, factor: Tensor) -> bool:
     """
     return (
         x.dtype == weight.dtype == factor.dtype
-        and torch.is_grad_enabled()
         and type(x) in _PLAIN
         and type(factor) in _PLAIN
         and x.device == factor.device == weight.device
@@ -149,10 +166,16 @@ def mixed_shift(bias: Tensor | None, beta: Tensor | None, w: Tensor) -> Tensor |
     return torch.mv(beta.T, w) if bias is None else torch.addmv(bias, beta.T, w)
 
 
-def shift_gradients(
-    gradient: Tensor | None, beta: Tensor | None, w: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """From the gradient of `mixed_shift`: those of b, β and w."""
-    if gradient is None or beta is None:
-        return gradient, None, None
-    return gradient, torch.outer(w, gradient), beta @ gradient
+def shift_gradients(gradient: Tensor, beta: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """From the gradient of the bias b + Σ_c w_c β_c, (out,) or an example's in each row: those of b, β and w."""
+    if w.dim() == 1:
+        return gradient, *((None, None) if beta is None else (torch.outer(w, gradient), beta @ gradient))
+    return gradient.sum(0), *((None, None) if beta is None else (w.T @ gradient, gradient @ beta.T))
+
+
+def _scaled(hidden: Tensor, w: Tensor, rank: int) -> Tensor:
+    """Multiply adaptor c's r of the C·r columns by w_c, each example's rows by its own."""
+    if w.dim() == 1:
+        return hidden * w.repeat_interleave(rank)
+    terms = w.repeat_interleave(rank, 1)
+    return (hidden.view(len(w), -1, hidden.shape[1]) * terms.unsqueeze(1)).view(hidden.shape)

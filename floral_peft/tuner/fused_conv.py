@@ -61,10 +61,10 @@ class FusedConv(torch.autograd.Function):
         (gradient,) = gradients
         whole, stage1, stage2 = ctx.stages
         first, second = a.flatten(0, 1), scaled_second(b, w).flatten(1, 2)
-        of_shift = of_bias or of_beta or of_w
-        axes = [0, *range(2, gradient.dim())]  # summed here: asked of the convolution, it may bring the kernel's along
-        to_shift, to_beta, to_w = shift_gradients(gradient.sum(axes) if of_shift else None, beta, w)
-        to_x = to_weight = to_first = to_second = None
+        to_x = to_weight = to_first = to_second = to_shift = to_beta = to_w = None
+        if of_bias or of_beta or of_w:
+            axes = [0, *range(2, gradient.dim())]  # asked of the convolution, the sum may bring the kernel's gradient
+            to_shift, to_beta, to_w = shift_gradients(gradient.sum(axes), beta, w)
         if of_x:
             to_x = _input_gradient(gradient, x, weight + composed_kernel(first, second), whole)
         if of_a or of_b or of_w or of_weight:

@@ -228,7 +228,7 @@ class Router(nn.Module):
         return known
 
     def weights(self, mixture: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """s·π of one client, shape (C,), from what `mixture` gave: computed once a pass, too."""
+        """s·π from what `mixture` gave, (C,) for one client, else (n, C): computed once a pass, too."""
         if self._pass is None or self.recomputation.checkpointed or torch.compiler.is_compiling():
             return _scaled(mixture, scale, dtype)
         key = (id(mixture), scale, dtype)  # while the pass lasts, so does the mixture
@@ -280,7 +280,7 @@ def _of_slot(pi: Tensor, slot: int | None) -> Tensor:
 
 
 def _scaled(mixture: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    weights = mixture.view(-1).to(dtype)
+    weights = (mixture.view(-1) if len(mixture) == 1 else mixture).to(dtype)
     return weights if scale == 1 else weights * scale
 
 

@@ -306,19 +306,22 @@ def test_several_active_adapters_add_up() -> None:
     torch.testing.assert_close(model(x), base + alone[0] + alone[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("operation", [StackedLinear, MergedLinear])
+@pytest.mark.parametrize(
+    ("operation", "clients", "inputs"),
+    [(StackedLinear, 1, 4), (StackedLinear, 1, 60), (StackedLinear, 2, 4), (MergedLinear, 1, 4)],
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapt_bias", [True, False])
 def test_a_fused_linear_layer_has_the_right_derivatives_the_second_too(
-    operation: Any, bias: bool, adapt_bias: bool
+    operation: Any, clients: int, inputs: int, bias: bool, adapt_bias: bool
 ) -> None:
     torch.manual_seed(0)
-    x, weight, shift = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5) if bias else None
-    a, b, beta = torch.randn(2, 3, 4), torch.randn(5, 2, 3), torch.randn(2, 5) if adapt_bias else None
-    tensors = (x, weight, shift, a, b, beta, torch.rand(2))
-    inputs: Any = [t if t is None else t.double().requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(operation.apply, inputs)
-    assert torch.autograd.gradgradcheck(operation.apply, inputs)
+    x, weight, shift = torch.randn(2, 2, inputs), torch.randn(5, inputs), torch.randn(5) if bias else None
+    a, b, beta = torch.randn(2, 3, inputs), torch.randn(5, 2, 3), torch.randn(2, 5) if adapt_bias else None
+    tensors = (x, weight, shift, a, b, beta, torch.rand(2) if clients == 1 else torch.rand(clients, 2))
+    given: Any = [t if t is None else t.double().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(operation.apply, given)
+    assert torch.autograd.gradgradcheck(operation.apply, given)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["through the kernel's gradient", "through small convolutions"])

@@ -71,7 +71,7 @@ class FloralLayer(nn.Module, BaseTunerLayer):
         """The base layer's result with the adaptors' added, for mixtures π of shape (n, C)."""
 
     def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
-        """Base and adaptors as one operation, for π of shape (1, C), where the kind of layer has one that fits."""
+        """Base and adaptors as one operation, for π of shape (n, C), where the kind of layer has one that fits."""
         return None
 
     @abstractmethod
@@ -120,27 +120,27 @@ class FloralLayer(nn.Module, BaseTunerLayer):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         mixtures = [self.router.mixture(name, slots[name]) for name in names]
-        if not args and not kwargs and self._may_run_base(mixtures):
-            result = self.fused(x, names[0], mixtures[0]) if len(names) == 1 else None
-            if result is not None:
-                return result
-            parameters = self._merged_parameters(x, names, mixtures)
-            if parameters is not None:
-                return self.run(x, parameters)
+        if not args and not kwargs and self._may_run_base():
+            # in evaluation merged parameters may be kept: below
+            if len(names) == 1 and (torch.is_grad_enabled() or mixtures[0].shape[0] > 1):
+                result = self.fused(x, names[0], mixtures[0])
+                if result is not None:
+                    return result
+            if all(mixture.shape[0] == 1 for mixture in mixtures):
+                parameters = self._merged_parameters(x, names, mixtures)
+                if parameters is not None:
+                    return self.run(x, parameters)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name, mixture in zip(names, mixtures, strict=True):
             result = self.stacked(x, result, name, mixture.to(result.device))
         return result.to(dtype)
 
-    def _may_run_base(self, mixtures: list[Tensor]) -> bool:
-        """Whether the base's forward may be done here: one client, and a plain layer of a known kind."""
+    def _may_run_base(self) -> bool:
+        """Whether the base's forward may be done here: a plain layer of a known kind."""
         base: Any = self.base_layer
         if type(base) not in self.exact_types or base._forward_hooks or base._forward_pre_hooks:
             return False  # hooks would be passed by, and may be what shards or offloads the layer
-        for mixture in mixtures:
-            if mixture.shape[0] != 1:
-                return False
         for name, parameter in base._parameters.items():
             # by getattr: FSDP hides parameters behind attributes while it runs
             if parameter is not None and not _is_plain(getattr(base, name)):

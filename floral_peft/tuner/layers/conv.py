@@ -113,7 +113,7 @@ class Conv(ConvLayer):
     @override
     def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
         base = self.get_base_layer()
-        if base.groups > 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
+        if len(mixture) > 1 or base.groups > 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
             return None
         inputs = self.fused_inputs(adapter_name, mixture, x.dtype)
         if (

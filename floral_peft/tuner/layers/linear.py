@@ -37,11 +37,13 @@ class Linear(FactoredLayer):
         inputs = self.fused_inputs(adapter_name, mixture, x.dtype)
         if inputs is None or x.dim() < 2 or not fits(x, inputs[0], inputs[2]):
             return None
-        compute = self.compute[adapter_name]
-        if compute == "auto":
+        examples, compute = len(mixture), self.compute[adapter_name]
+        if examples > 1 and (x.shape[0] % examples or x.numel() == 0):
+            return None
+        if compute == "auto" and examples == 1:
             stacked, merged = _costs(x, self.out_features, inputs[2], trained=inputs[0].requires_grad)
             compute = "merged" if merged < stacked else "stacked"
-        operation = MergedLinear if compute == "merged" else StackedLinear
+        operation = MergedLinear if compute == "merged" and examples == 1 else StackedLinear
         if self.fan_in_fan_out:
             return operation.apply(x, inputs[0].T, *inputs[1:])
         return operation.apply(x, *inputs)
