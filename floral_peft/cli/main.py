@@ -7,21 +7,28 @@ from collections.abc import Callable, Sequence
 
 from floral_peft.cli.errors import UsageError
 from floral_peft.cli.report import report
+from floral_peft.cli.reproduce import reproduce
 from floral_peft.cli.tasks import tasks
 from floral_peft.cli.train import train
 from floral_peft.nearest import did_you_mean
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "tasks": tasks, "report": report}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "reproduce": reproduce,
+    "report": report,
+    "tasks": tasks,
+}
 
 HELP = """\
 usage: floral-peft COMMAND ...
 
 FLoRAL: federated personalisation with mixtures of low-rank adaptors.
 
-  train    train a task with FLoRAL and with FedAvg and compare them; with no argument, the digits that come along
-  tasks    list the tasks
-  report   turn run folders into a table and pictures
+  train      train a task with FLoRAL and with FedAvg and compare them; with no argument, the digits that come along
+  reproduce  train several methods on several tasks with several seeds, such as the paper's table; resumable
+  report     turn run folders into tables, pictures and a page
+  tasks      list the tasks
 
 floral-peft COMMAND --help tells the settings of each.
 """

@@ -2,22 +2,35 @@
 
 from floral_peft.reports.clusters import adaptor_of_each_client, clusters_found
 from floral_peft.reports.compare import Gains, gains
+from floral_peft.reports.formats import FORMATS, to_csv, to_json, to_latex, to_markdown
+from floral_peft.reports.matrix import Cell, Matrix, Spread, matrix
+from floral_peft.reports.paper import paper_figure
 from floral_peft.reports.pictures import plot_curves, plot_mixtures
 from floral_peft.reports.runs import Run, read_run, read_runs
 from floral_peft.reports.table import common_metric, comparison, format_table
 
 
 __all__ = [
+    "FORMATS",
+    "Cell",
     "Gains",
+    "Matrix",
     "Run",
+    "Spread",
     "adaptor_of_each_client",
     "clusters_found",
     "common_metric",
     "comparison",
     "format_table",
     "gains",
+    "matrix",
+    "paper_figure",
     "plot_curves",
     "plot_mixtures",
     "read_run",
     "read_runs",
+    "to_csv",
+    "to_json",
+    "to_latex",
+    "to_markdown",
 ]

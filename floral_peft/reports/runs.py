@@ -73,6 +73,11 @@ class Run:
         return max((event["round"] for event in self.records if event["event"] == "round"), default=0)
 
     @property
+    def last_round(self) -> dict[str, Any]:
+        """The record of the last round; empty if there was none."""
+        return next((event for event in reversed(self.records) if event["event"] == "round"), {})
+
+    @property
     def metrics(self) -> dict[str, float]:
         """What the last evaluation measured; empty if there was none."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else {}
