@@ -46,7 +46,8 @@ def new_trainer(
             stateless=args.stateless and has_router(model),
             resume_from_checkpoint="true" if resume else None,
         )
-    return FederatedTrainer(model, args, clients, chosen, loss_fn=settings.task.loss_fn)
+    task = settings.task
+    return FederatedTrainer(model, args, clients, chosen, compute_metrics=task.compute_metrics, loss_fn=task.loss_fn)
 
 
 def has_router(model: nn.Module) -> bool:

@@ -28,7 +28,20 @@ class RunArguments:
 
     _argument_group_name = "what to train"
 
-    task: str = field(default="digits", metadata={"help": "One of the tasks that `floral-peft tasks` lists."})
+    task: str = field(
+        default="digits",
+        metadata={
+            "help": "One of the tasks that `floral-peft tasks` lists, or the dotted path of your own: "
+            "my_package.my_module:my_task."
+        },
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "The task's dataset: a name on the hub, a folder that `datasets` has saved or can read, or a "
+            "folder of such folders. The task's choice by default."
+        },
+    )
     method: str = field(default="floral", metadata={"help": "The method to train."})
     baselines: list[str] | None = field(
         default=None,
@@ -50,7 +63,9 @@ class Settings:
     """Everything that `floral-peft train` needs to know.
 
     Attributes:
-        task: The task.
+        task: The task, with its dataset chosen.
+        source: The name or the dotted path that the task was asked for by.
+        data: The dataset that was asked for, or `None` for the task's choice.
         methods: The method, then its baselines.
         threads: CPU threads for PyTorch's arithmetic, or `None` for its own choice.
         federated: How to train; its `output_dir` is the folder of the whole comparison.
@@ -58,6 +73,8 @@ class Settings:
     """
 
     task: Task
+    source: str
+    data: str | None
     methods: list[str]
     threads: int | None
     federated: FederatedArguments
@@ -72,7 +89,8 @@ class Settings:
         """
         adaptors = {item.name: getattr(self.adaptors, item.name) for item in dataclasses.fields(AdaptorArguments)}
         return {
-            "task": self.task.name,
+            "task": self.source,
+            "data": self.data,
             "method": method,
             "baselines": ["none"],
             "threads": self.threads,
@@ -96,7 +114,8 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     for name in ("task", "method"):
         if not isinstance(from_file.get(name, ""), str):
             raise UsageError(f"{early.config}: {name} must be a name, got {from_file[name]!r}.")
-    task = get_task(from_file.get("task", RunArguments.task) if early.task is None else early.task)
+    source = from_file.get("task", RunArguments.task) if early.task is None else early.task
+    task = get_task(source)
 
     parser = _Parser(
         (RunArguments, FederatedArguments, AdaptorArguments),
@@ -110,7 +129,8 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     if early.config is not None:
         parser.set_defaults(**_check_yaml(parser, from_file, early.config))
     run, federated, adaptors = parser.dataclasses_from(arguments)
-    return Settings(task, _methods(run), _threads(run, task), federated, _floral_config(adaptors))
+    methods, threads = _methods(run), _threads(run, task)
+    return Settings(task.with_data(run.data), source, run.data, methods, threads, federated, _floral_config(adaptors))
 
 
 class _Parser(StrictParser, HfArgumentParser):

@@ -14,4 +14,6 @@ def tasks(arguments: Sequence[str]) -> None:
     parser.refuse(parser.parse_known_args(list(arguments))[1])
     width = max(map(len, task_names()))
     for name in task_names():
-        print(f"{name:<{width}}   {get_task(name).summary}")
+        task = get_task(name)
+        source = "" if task.data is None else f" (--data {task.data})"
+        print(f"{name:<{width}}   {task.summary}{source}")

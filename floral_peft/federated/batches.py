@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from floral_peft.federated.dataset import LABEL_COLUMNS
+from floral_peft.federated.transforms import BatchTransform
 
 
 Batch = dict[str, Any]
@@ -34,7 +35,8 @@ class Examples:
     """One split of one client, ready to be cut into batches.
 
     With transformers' default collator and plain numbers in the columns, the split becomes tensors once and a batch is
-    a selection of rows. Otherwise each batch is fetched from the dataset and collated.
+    a selection of rows, which a [`BatchTransform`] may change. Otherwise each batch is fetched from the dataset and
+    collated.
 
     Args:
         dataset: The split.
@@ -43,7 +45,8 @@ class Examples:
         resident: Splits up to this many bytes are held in memory as a whole.
 
     Attributes:
-        arrays: The whole split by column, where it is in memory. Not to be written to: it may be Arrow's.
+        arrays: The whole split by column, where it is in memory and no transform changes its batches. Not to be
+            written to: it may be Arrow's.
 
     Raises:
         ValueError: The default collator cannot tell which column holds the labels, or they are text.
@@ -55,14 +58,18 @@ class Examples:
         self._dataset = dataset
         self._collator = collator
         self._device = device
-        self.arrays: dict[str, np.ndarray] | None = None
+        self._arrays: dict[str, np.ndarray] | None = None
         self._columns: dict[str, Tensor] | None = None
-        if collator is default_data_collator and dataset.format["type"] in (None, "torch"):
+        form = dataset.format
+        transform = form["format_kwargs"].get("transform")
+        self._transform = transform if isinstance(transform, BatchTransform) else None
+        if collator is default_data_collator and (form["type"] in (None, "torch") or self._transform is not None):
             _check_labels(dataset)
             self._collator = _stack
-            self.arrays = _as_arrays(dataset, resident)
-            if self.arrays is None:
-                self._dataset = dataset.with_format("torch", columns=dataset.format["columns"])
+            self._arrays = _as_arrays(dataset, resident)
+            if self._arrays is None and self._transform is None:
+                self._dataset = dataset.with_format("torch", columns=form["columns"])
+        self.arrays = self._arrays if self._transform is None else None
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -96,10 +103,11 @@ class Examples:
             TypeError: The collator does not return a mapping.
             ValueError: The default collator cannot stack the examples.
         """
-        if self.arrays is not None:
+        if self._arrays is not None:
             if self._columns is None:
-                self._columns = as_columns([self.arrays], self._device)
-            return select_rows(self._columns, rows.to(self._device))
+                self._columns = as_columns([self._arrays], self._device)
+            batch = select_rows(self._columns, rows.to(self._device))
+            return batch if self._transform is None else self._transform.tensors(batch)
         batch = self._collator(self._dataset.__getitems__(rows.tolist()))
         if not hasattr(batch, "items"):
             raise TypeError(f"data_collator must return a dictionary of tensors, got {type(batch).__name__}.")

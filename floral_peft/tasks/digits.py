@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 
 from floral_peft.federated import FederatedDataset
+from floral_peft.tasks.changes import Change, rotate, shift_labels
 from floral_peft.tasks.task import Task, register_task
 
 
 CLIENTS = 20
 CLUSTERS = 4
 TEST_SHARE = 0.3
-
-Change = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
-
-def rotate(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
-    """Cluster c sees every image [n, 8, 8] turned by c quarter turns."""
-    return torch.rot90(images, cluster, dims=(1, 2)), labels
-
-
-def shift_labels(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
-    """Cluster c calls the digit y by another name, (y + c) mod 10."""
-    return images, (labels + cluster) % 10
 
 
 def digits_clients(seed: int, change: Change = rotate) -> FederatedDataset:

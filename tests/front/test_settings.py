@@ -57,6 +57,26 @@ def test_a_file_may_choose_the_task_and_a_flag_another(tmp_path: Path) -> None:
     assert read_settings([file, "--task", "digits"]).task.name == "digits"
 
 
+def test_a_task_is_told_where_its_data_is_and_a_run_remembers_it(tmp_path: Path) -> None:
+    settings = read_settings(["--task", "mnist-rotate", "--data", "folder"])
+    assert settings.task.data == "folder"
+    values = settings.to_dict("floral", settings.federated)
+    assert (values["task"], values["data"]) == ("mnist-rotate", "folder")
+    assert read_settings([config(tmp_path, yaml.safe_dump(values))]).task.data == "folder"
+    assert read_settings(["--task", "mnist-rotate"]).task.data == "ylecun/mnist"
+    assert "brings its examples along" in refusal("--data", "folder")
+
+
+def test_a_task_of_one_s_own_is_remembered_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "settings_test_task.py").write_text(
+        "from floral_peft.tasks import get_task\nmine = get_task('digits')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = read_settings(["--task", "settings_test_task:mine"])
+    assert settings.task is get_task("digits")
+    assert settings.to_dict("floral", settings.federated)["task"] == "settings_test_task:mine"
+
+
 def test_norms_are_switched_on_off_or_by_name() -> None:
     read = [
         read_settings(["--adapt_norms", word]).adaptors.adapt_norms for word in ("true", "False", "reparametrized")

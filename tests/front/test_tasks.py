@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -7,8 +12,9 @@ from torch import Tensor, nn
 
 from floral_peft import FederatedDataset, FloralConfig
 from floral_peft.federated import get_method
-from floral_peft.tasks import Task, get_task, register_task, task_names
+from floral_peft.tasks import Task, as_task, get_task, register_task, task_names
 from floral_peft.tasks.digits import digits_clients, rotate, shift_labels
+from floral_peft.tasks.task import _TASKS
 
 
 def examples(clients: FederatedDataset, client: int) -> tuple[Tensor, Tensor]:
@@ -97,3 +103,87 @@ def test_a_task_s_name_cannot_be_taken_twice() -> None:
 def test_a_task_s_misspelt_setting_is_refused() -> None:
     with pytest.raises(ValueError, match=r"task 'mine'.*'ruonds'.*did you mean 'rounds'"):
         Task("mine", "", clients=digits_clients, model=lambda: nn.Linear(1, 1), settings={"ruonds": 3})
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Afterwards the known tasks are those of before."""
+    before = dict(_TASKS)
+    yield
+    _TASKS.clear()
+    _TASKS.update(before)
+
+
+OWN = """
+from torch import nn
+from floral_peft.tasks import as_task
+from floral_peft.tasks.digits import digits_clients
+
+@as_task(model=lambda: nn.Linear(64, 10), settings={"rounds": 3})
+def upside_down(seed):
+    \"""Digits on their heads.
+
+    And more to say.
+    \"""
+    return digits_clients(seed)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: None) -> str:
+    """The name of a module with a task of its own in the working directory."""
+    (tmp_path / "own_tasks_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "own_tasks_of_mine", raising=False)
+    return "own_tasks_of_mine"
+
+
+def test_a_task_of_one_s_own_is_a_decorated_function_at_a_dotted_path(own_module: str) -> None:
+    mine = get_task(f"{own_module}:upside_down")
+    assert (mine.name, mine.summary, mine.settings) == ("upside-down", "Digits on their heads", {"rounds": 3})
+    assert len(mine.clients(0)) == 20
+    assert get_task("upside-down") is mine
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("own_tasks_of_mine:upsidedown", "'upsidedown' does not exist: did you mean 'upside_down'"),
+        ("own_tasks_of_mine:number", "'number' is of type int, not a Task"),
+        ("no_such_module:it", "'no_such_module' cannot be imported (ModuleNotFoundError"),
+        (":it", "cannot be imported"),
+    ],
+)
+def test_a_dotted_path_without_a_task_is_told_what_is_there(own_module: str, path: str, named: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        get_task(path)
+
+
+def test_a_decorated_task_may_say_its_name_and_cannot_take_another_s(registry: None) -> None:
+    mine = as_task("mine", model=lambda: nn.Linear(1, 1), summary="all mine", threads=2)(digits_clients)
+    assert (mine.name, mine.summary, mine.threads) == ("mine", "all mine", 2)
+    with pytest.raises(ValueError, match="'mine' already"):
+        as_task("mine", model=lambda: nn.Linear(1, 1))(digits_clients)
+
+
+def test_a_task_s_dataset_is_its_own_choice_or_the_user_s() -> None:
+    asked: list[tuple[int, str]] = []
+
+    def clients(seed: int, data: str) -> FederatedDataset:
+        asked.append((seed, data))
+        return digits_clients(seed)
+
+    task = Task("mine", "", clients, lambda: nn.Linear(1, 1), data="me/mine")
+    task.with_data(None).clients(3)
+    task.with_data("folder").clients(4)
+    assert asked == [(3, "me/mine"), (4, "folder")]
+
+
+def test_a_task_that_brings_its_examples_along_takes_no_data() -> None:
+    digits = get_task("digits")
+    assert digits.with_data(None) is digits
+    with pytest.raises(ValueError, match=r"task 'digits' brings its examples along: leave data='mnist' out"):
+        digits.with_data("mnist")
