@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,12 @@ def num_parameters(model: nn.Module) -> int:
     """How many parameters a client's model has, adaptors included; its router's few are not counted."""
     roles = parameter_roles(model)
     return sum(value.numel() for name, value in model.named_parameters() if roles[name].kind != "router")
+
+
+def file_name(text: str) -> str:
+    """A name that every file system takes; another one for another text."""
+    plain = re.sub(r"[^\w.+=-]", "-", text)
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _numbers(client_metrics: dict[ClientId, dict[str, float]]) -> list[tuple[ClientId, dict[str, float]]]:

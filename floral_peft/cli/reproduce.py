@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import shutil
 import time
 import traceback
@@ -18,7 +16,7 @@ import torch
 import yaml
 
 from floral_peft.cli.errors import StrictParser, UsageError, bad_input
-from floral_peft.cli.one_run import new_trainer, train_one, write_settings
+from floral_peft.cli.one_run import file_name, new_trainer, train_one, write_settings
 from floral_peft.cli.settings import Settings, read_settings
 from floral_peft.cli.variants import GROUPS, Variant, read_variants
 from floral_peft.federated import OutputDirInUseError
@@ -151,7 +149,7 @@ def reproduce(arguments: Sequence[str]) -> None:
 
 def _plan(task: str, variant: Variant, seed: int, out: Path, words: list[str]) -> PlannedRun:
     """A run with all of its settings, checked."""
-    folder = out / _file_name(task) / _file_name(variant.label) / f"seed-{seed}"
+    folder = out / file_name(task) / file_name(variant.label) / f"seed-{seed}"
     ours = ["--task", task, "--baselines", "none", "--seed", str(seed), "--output_dir", str(folder)]
     settings = read_settings([*words, *variant.words(), *ours])
     values = settings.to_dict(variant.method, settings.federated)
@@ -277,12 +275,6 @@ def _refuse_ours(words: list[str]) -> None:
         if word.startswith("--") and name in _OURS:
             instead = _OURS[name]
             raise UsageError(f"--{name} is not for reproduce{'.' if instead is None else f': give {instead}.'}")
-
-
-def _file_name(text: str) -> str:
-    """A name that every file system takes; another one for another text."""
-    plain = re.sub(r"[^\w.+=-]", "-", text)
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _names(text: str) -> list[str]:

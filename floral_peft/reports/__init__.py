@@ -4,6 +4,7 @@ from floral_peft.reports.clusters import adaptor_of_each_client, clusters_found
 from floral_peft.reports.compare import Gains, gains
 from floral_peft.reports.formats import FORMATS, to_csv, to_json, to_latex, to_markdown
 from floral_peft.reports.matrix import Cell, Matrix, Spread, matrix
+from floral_peft.reports.page import draw, task_figures, to_html
 from floral_peft.reports.paper import paper_figure
 from floral_peft.reports.pictures import plot_curves, plot_mixtures
 from floral_peft.reports.runs import Run, read_run, read_runs
@@ -21,6 +22,7 @@ __all__ = [
     "clusters_found",
     "common_metric",
     "comparison",
+    "draw",
     "format_table",
     "gains",
     "matrix",
@@ -29,7 +31,9 @@ __all__ = [
     "plot_mixtures",
     "read_run",
     "read_runs",
+    "task_figures",
     "to_csv",
+    "to_html",
     "to_json",
     "to_latex",
     "to_markdown",

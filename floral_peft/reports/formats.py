@@ -120,7 +120,8 @@ def caption(matrix: Matrix) -> str:
     if any(cell.paper for cell in matrix.cells.values()):
         parts.append("Paper: the figures of arXiv 2410.03497.")
     if matrix.unfinished:
-        parts.append(f"{len(matrix.unfinished)} runs are not done and not in it.")
+        count = len(matrix.unfinished)
+        parts.append(f"{count} {'run is' if count == 1 else 'runs are'} not done and not in it.")
     return " ".join(parts)
 
 

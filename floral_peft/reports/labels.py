@@ -58,7 +58,13 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
 
 def is_told_the_truth(label: str) -> bool:
     """Whether a label's router is fixed at the true cluster: an upper reference, not a method to be ranked."""
-    return bool({"optimal_routing", "optimal_routing=true"} & set(_parts(label)[1:]))
+    return family(label) != label
+
+
+def family(label: str) -> str:
+    """The label without what tells its router the truth: both are drawn in one colour."""
+    method, *settings = _parts(label)
+    return "+".join([method, *(one for one in settings if _SWITCHES.get(one) != "π*")])
 
 
 def row_title(label: str) -> str:

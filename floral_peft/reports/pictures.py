@@ -14,10 +14,9 @@ from torch import Tensor
 from floral_peft.federated import ClientId
 from floral_peft.reports.clusters import adaptor_of_each_client, clusters_found
 from floral_peft.reports.runs import Run
+from floral_peft.reports.style import COLOURS, INK
 
 
-INK = "#222222"
-COLOURS = ("#0b5fa5", "#d1662a", "#3a8f5c", "#8a4f9e", "#b0912c", "#6b6b6b")
 MOST_NAMED_CLIENTS = 40
 
 
@@ -32,11 +31,9 @@ def plot_mixtures(ids: Sequence[ClientId], mixtures: Tensor, clusters: Mapping[C
         mixtures: One row per client, each summing to 1 [clients, C].
         clusters: Client id → true cluster. `None`, where it is not known: clients are grouped by their main adaptor.
     """
-    main = dict(zip(ids, adaptor_of_each_client(mixtures), strict=True))
-    group = main if clusters is None else clusters
-    order = sorted(range(len(ids)), key=lambda row: (group[ids[row]], main[ids[row]], row))
+    group = dict(zip(ids, adaptor_of_each_client(mixtures), strict=True)) if clusters is None else clusters
+    order, columns, _ = order_mixtures(ids, mixtures, clusters)
     shown = mixtures[order]
-    columns = _by_place(shown)
 
     width, height = 2.1 + 0.4 * len(columns), 1.1 + min(max(2.4, 0.17 * len(ids)), 8.0)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -58,6 +55,25 @@ def plot_mixtures(ids: Sequence[ClientId], mixtures: Tensor, clusters: Mapping[C
     title = "Mixtures of adaptors" + ("" if found is None else f"\nadjusted Rand index {found:.2f}")
     axes.set_title(title, fontsize=9, color=INK)
     return figure
+
+
+def order_mixtures(
+    ids: Sequence[ClientId], mixtures: Tensor, clusters: Mapping[ClientId, int] | None
+) -> tuple[list[int], list[int], list[int]]:
+    """The order of rows and columns in which clusters show as blocks on the diagonal.
+
+    Args:
+        ids: As of [`plot_mixtures`].
+        mixtures: As there.
+        clusters: As there.
+
+    Returns:
+        The rows, the columns, and the group of each row in that order.
+    """
+    main = adaptor_of_each_client(mixtures)
+    group = main if clusters is None else [clusters[client] for client in ids]
+    order = sorted(range(len(ids)), key=lambda row: (group[row], main[row], row))
+    return order, _by_place(mixtures[order]), [group[row] for row in order]
 
 
 def plot_curves(runs: Sequence[Run], metric: str) -> Figure:

@@ -98,7 +98,7 @@ def read_run(folder: str | Path) -> Run:
         folder=folder,
         settings=_read_settings(folder / SETTINGS),
         records=_read_lines(folder / RECORDS, needed={"event": str, "round": int}),
-        client_metrics={row.pop("client"): row for row in clients},
+        client_metrics={row.pop("client"): {name: v for name, v in row.items() if v is not None} for row in clients},
         mixtures=_read_lines(folder / MIXTURES, needed={"client": (str, int), "mixture": list}),
         result=_read_result(folder / RESULT),
     )
