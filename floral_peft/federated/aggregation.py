@@ -18,6 +18,8 @@ from floral_peft.federated.seeding import ClientId
 
 #: An adaptor is unused when the cohort gives it less than this share of its examples; it keeps its value then.
 LEAST_USAGE = 1e-6
+#: A delta of this magnitude times its examples or more is refused: in `ExactSum` it could reach float64's end.
+_MOST = 2.0**900
 
 
 class UpdateError(ValueError):
@@ -108,10 +110,10 @@ def check_update(
         if delta.dtype != reference[name].dtype:
             raise UpdateError(f"{who}: {name} is {delta.dtype}, expected {reference[name].dtype}")
     for name, peak in update.peaks.items():
-        if not math.isfinite(peak * update.num_examples):
+        if not peak < _MOST / update.num_examples:
             what = f"{peak:.3g}, too much to be summed" if math.isfinite(peak) else "values that are not finite"
             raise UpdateError(f"{who}: {name} holds {what}")
-    if not math.isfinite(update.train_loss):
+    if not isinstance(update.train_loss, float) or not math.isfinite(update.train_loss):
         raise UpdateError(f"{who}: train_loss is {update.train_loss}: does any of its examples have a label?")
     _check_usage(who, update, routers)
 
@@ -124,6 +126,9 @@ def _check_usage(who: str, update: ClientUpdate, routers: torch.Size | None) -> 
         return
     if usage is None:
         raise UpdateError(f"{who}: usage is missing, expected shape {tuple(routers)}")
+    if not isinstance(usage, Tensor) or not usage.is_floating_point():
+        found = usage.dtype if isinstance(usage, Tensor) else type(usage).__name__
+        raise UpdateError(f"{who}: usage is {found}, expected a tensor of floating-point numbers")
     if usage.shape != routers:
         raise UpdateError(f"{who}: usage has shape {tuple(usage.shape)}, expected {tuple(routers)}")
     whole = torch.full(routers[:1], float(update.num_examples), dtype=usage.dtype)
@@ -135,8 +140,9 @@ def update_norm(deltas: Mapping[str, Tensor]) -> float:
     """The L2 norm of all tensors as one vector."""
     if not deltas:
         return 0.0
-    norms = torch._foreach_norm([delta for delta in deltas.values() if delta.numel()])
-    return float(torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms])))
+    # In float64: the square of a number that float32 holds may be more than it holds.
+    norms = torch._foreach_norm([delta for delta in deltas.values() if delta.numel()], 2, torch.float64)
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def clip_update(update: ClientUpdate, max_norm: float) -> ClientUpdate:

@@ -58,5 +58,7 @@ def restore(saved: Mapping[str, Any], state: TrainerState, callbacks: Sequence[T
     for name in _BEST:
         setattr(state, name, saved.get(name))
     for one in callbacks:
-        for attribute, value in saved.get("callbacks", {}).get(type(one).__name__, {}).items():
-            setattr(one, attribute, value)
+        if isinstance(one, ExportableState):
+            remembered = saved.get("callbacks", {}).get(type(one).__name__, {})
+            for attribute in one.state()["attributes"].keys() & remembered.keys():  # no others, whatever a file says
+                setattr(one, attribute, remembered[attribute])

@@ -118,7 +118,10 @@ def load_checkpoint(folder: Path, reference: ServerState, run: Identity) -> Chec
                 f"{folder} is of another run: {name} was {saved_run[name]!r}, now it is {run[name]!r}. Resume with "
                 "the settings that it began with, or train anew in another output_dir."
             )
-        server = ServerState(int(document["round"]), _read_tensors(folder, reference), _read_memory(folder, document))
+        round = document["round"]
+        if type(round) is not int or folder.name != f"checkpoint-{round}":
+            raise CheckpointError(f"{folder} is damaged or has another's name: it holds round {round!r}.")
+        server = ServerState(round, _read_tensors(folder, reference), _read_memory(folder, document))
         memory = {name: _placed(entries, reference.tensors[name]) for name, entries in server.optimizer.items()}
         server = ServerState(server.round, server.tensors, memory)
         return Checkpoint(server, [str(name) for name in document["private"]], dict(document["trainer"]))

@@ -19,7 +19,8 @@ class Draft:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+        # The same for every process, so that kills leave one at most, which the next writer takes.
+        self._path = path.with_name(f".{path.name}{_TEMPORARY}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._descriptor: int | None = os.open(self._path, flags, 0o666)
         self.size = 0

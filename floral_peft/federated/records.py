@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from floral_peft.federated.files import write_file
 from floral_peft.federated.rounds import RoundReport
 
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -40,7 +43,7 @@ class Records:
         if not self._written:
             return
         if round and self._path.is_file():
-            self.items[:] = _parse(self._path.read_text(encoding="utf-8").splitlines())
+            self.items[:] = _parse(self._path)
         self.items[:] = [record for record in self.items if record["round"] <= round]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self._path, "".join(map(_line, self.items)).encode())
@@ -91,12 +94,19 @@ def _line(record: Record) -> str:
     return json.dumps(plain) + "\n"
 
 
-def _parse(lines: list[str]) -> list[Record]:
-    """The records of complete lines: a crash may have cut the last one off."""
-    records = []
+def _parse(path: Path) -> list[Record]:
+    """The records of the lines before the first that is none: a crash may have cut the last one off."""
+    records: list[Record] = []
+    lines = path.read_bytes().splitlines()
     for line in lines:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            if not isinstance(record["round"], int):
+                raise ValueError(record["round"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            logger.warning(
+                "%s: line %d of %d is damaged; it and those after it are dropped", path, len(records) + 1, len(lines)
+            )
             break
+        records.append(record)
     return records

@@ -179,14 +179,14 @@ def _accepted(
     """An outcome that counts, its update clipped; or the exception that says why it does not."""
     if isinstance(outcome, Exception):
         return outcome
-    update, private = outcome
     try:
+        update, private = outcome
         if client_id in counted:
             raise UpdateError(f"client {client_id!r} was counted already: it is in the cohort twice")
         check_update(update, client_id, state.round + 1, state.tensors, settings.routers)
-    except UpdateError as error:
+        return (update if settings.max_update_norm is None else clip_update(update, settings.max_update_norm)), private
+    except Exception as error:  # an update may be anything at all
         return error
-    return (update if settings.max_update_norm is None else clip_update(update, settings.max_update_norm)), private
 
 
 def _told(error: Exception, client_id: ClientId, round: int, trace: bool) -> str:

@@ -75,8 +75,12 @@ class Segment:
             raise damaged
         try:
             places = {client_id: Place(*place) for client_id, *place in json.loads(index)}
-            fits = all(0 <= place.start <= place.start + place.length <= start for place in places.values())
-        except (ValueError, TypeError) as error:
+            fits = all(
+                type(place.start) is type(place.length) is int
+                and 0 <= place.start <= place.start + place.length <= start
+                for place in places.values()
+            )
+        except (ValueError, TypeError, RecursionError) as error:
             raise damaged from error
         if not fits:
             raise damaged

@@ -132,6 +132,10 @@ BAD: list[tuple[ClientUpdate, str]] = [
     (replace(GOOD, usage=torch.tensor([[-1.0, 5.0]])), "usage must be at least 0 and sum to num_examples=4"),
     (replace(GOOD, usage=torch.tensor([[1.0, 1.0]])), "usage must be at least 0 and sum to num_examples=4"),
     (replace(GOOD, usage=torch.tensor([[math.nan, 4.0]])), "usage must be at least 0"),
+    (replace(GOOD, usage=[[2.0, 2.0]]), "usage is list"),  # type: ignore[arg-type]
+    (replace(GOOD, usage=torch.tensor([[2, 2]])), r"usage is torch\.int64"),
+    (replace(GOOD, usage=torch.tensor([[2, 2]], dtype=torch.complex64)), r"usage is torch\.complex64"),
+    (replace(GOOD, train_loss=None), "train_loss is None"),  # type: ignore[arg-type]
 ]
 
 
@@ -159,6 +163,26 @@ def test_clipping_scales_the_whole_update_to_the_norm() -> None:
     assert update_norm(long.deltas) == 5.0
     assert update_norm(clip_update(long, 1.0).deltas) == pytest.approx(1.0, rel=1e-6)
     assert clip_update(long, 5.0) is long
+
+
+def test_what_could_overflow_the_sum_is_refused() -> None:
+    server = {"w": torch.zeros(1, dtype=torch.float64)}
+    huge = replace(GOOD, usage=None, deltas={"w": torch.tensor([1e307], dtype=torch.float64)})
+    with pytest.raises(UpdateError, match="w holds 1e\\+307, too much to be summed"):
+        check_update(huge, "hamlet", 1, server, None)
+    large = replace(huge, deltas={"w": torch.tensor([1e270], dtype=torch.float64)})
+    check_update(large, "hamlet", 1, server, None)
+    groups = replace(GROUPS, shared=("w",), statistics=(), clustered={})
+    mean = WeightedMean(server, groups, 10**6)
+    mean.add(large)
+    assert mean.result().deltas["w"].item() == pytest.approx(1e270)
+
+
+@pytest.mark.parametrize("value", [1e10, 1e20, 3e38])
+def test_an_update_is_clipped_to_the_norm_however_long_it_is(value: float) -> None:
+    long = with_delta("u", torch.full((2,), value))
+    assert update_norm(long.deltas) == pytest.approx(value * 2**0.5)
+    assert update_norm(clip_update(long, 1.0).deltas) == pytest.approx(1.0, rel=1e-6)
 
 
 def test_clipping_a_zero_update_divides_nothing() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from floral_peft.federated import FederatedArguments
 from floral_peft.federated.best import exported, note_evaluation, restore
@@ -41,6 +41,14 @@ def test_the_best_is_the_first_of_the_highest_or_of_the_lowest_loss(settings: An
 def test_a_metric_that_no_evaluation_has_is_named() -> None:
     with pytest.raises(ValueError, match="has no eval_acuracy: did you mean 'eval_accuracy'"):
         after([0.1], metric_for_best_model="acuracy")
+
+
+def test_a_checkpoint_sets_only_what_a_callback_remembers() -> None:
+    callbacks = [EarlyStoppingCallback(2), TrainerCallback()]
+    forged = {"EarlyStoppingCallback": {"on_step_end": 1, "early_stopping_patience_counter": 1}, "TrainerCallback": 7}
+    restore({"callbacks": forged}, TrainerState(), callbacks)
+    assert "on_step_end" not in vars(callbacks[0])
+    assert vars(callbacks[0])["early_stopping_patience_counter"] == 1
 
 
 def test_what_is_remembered_survives_a_checkpoint() -> None:

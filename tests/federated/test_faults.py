@@ -218,6 +218,20 @@ def test_a_damaged_store_ends_a_resumed_run_before_anything_is_deleted(tmp_path:
     run(tmp_path, rounds=4).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("line", [b"{", b"[]", b"5", b"\xff", b"{}", b'{"round": "x"}', b"[" * 100_000])
+def test_damaged_records_cost_themselves_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes
+) -> None:
+    run(tmp_path).train()
+    path = tmp_path / "records.jsonl"
+    first, _, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, line, third]) + b"\n")
+    again = run(tmp_path, rounds=4)
+    again.train(resume_from_checkpoint=True)
+    assert [record["round"] for record in again.records] == [1, 4]
+    assert "records.jsonl: line 2 of 3 is damaged" in caplog.text
+
+
 def test_a_damaged_older_checkpoint_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, save_total_limit=2).train()
     (tmp_path / "checkpoint-2" / "server" / "state.json").write_bytes(b"")
@@ -294,6 +308,8 @@ LIES: list[tuple[str, bytes]] = [
     ("server/state.json", b"[" * 100_000),
     ("server/state.json", b"[]"),
     ("server/state.json", b'{"run": {"method": "floral"}, "round": "x"}'),
+    ("server/state.json", b'{"run": {"method": "floral"}, "round": Infinity}'),
+    ("server/state.json", b'{"run": {"method": "floral"}, "round": 99}'),
     ("server/state.json", b'{"run": {"method": "floral"}, "round": 2, "optimizer_tensors": [["v", "m"]]}'),
 ]
 

@@ -118,6 +118,11 @@ FAILURES: list[tuple[Any, str]] = [
     ((replace(BAD, deltas={**BAD.deltas, "u": torch.zeros(3)}), {}), "u has shape"),
     ((replace(BAD, round=1), {}), "for round 1, expected 5"),
     ((replace(BAD, train_loss=float("nan")), {}), "client 'bad': train_loss is nan"),
+    (None, "TypeError"),
+    ((replace(BAD, deltas=None), {}), "AttributeError"),
+    ((replace(BAD, num_examples=10**400), {}), "OverflowError"),
+    ((replace(BAD, deltas={name: delta.to("meta") for name, delta in BAD.deltas.items()}), {}), "Error"),
+    ((replace(BAD, deltas={name: delta.to_sparse() for name, delta in BAD.deltas.items()}), {}), "Error"),
 ]
 
 

@@ -22,7 +22,7 @@ from floral_peft.federated.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from floral_peft.federated.files import digest, write_file
+from floral_peft.federated.files import Draft, digest, write_file
 from floral_peft.federated.segments import SegmentDraft
 from floral_peft.federated.store import PrivateStore
 
@@ -188,7 +188,16 @@ def test_a_damaged_file_is_an_error_and_never_a_new_client(tmp_path: Path, step:
 
 
 @pytest.mark.parametrize(
-    "index", [b"[1]", b"{}x", b'[["a", 0, 1000000000000, ""]]', b'[["a", -5, 3, ""]]', b"[[[], 0, 1, 2]]"]
+    "index",
+    [
+        b"[1]",
+        b"{}x",
+        b'[["a", 0, 1000000000000, ""]]',
+        b'[["a", -5, 3, ""]]',
+        b"[[[], 0, 1, 2]]",
+        b'[["a", 0, 0.0, ""]]',
+        b"[" * 100_000,
+    ],
 )
 def test_an_index_that_lies_is_damage_and_costs_no_memory(tmp_path: Path, index: bytes) -> None:
     path = tmp_path / f"1-{digest(index)}.segment"
@@ -252,6 +261,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
         write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert files(tmp_path) == [path]
+
+
+def test_processes_that_were_killed_while_writing_leave_one_file_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pid in (7, 8, 9):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        Draft(tmp_path / "file").write(b"torn")
+    assert len(files(tmp_path)) == 1
+    write_file(tmp_path / "file", b"whole")
+    assert files(tmp_path) == [tmp_path / "file"]
 
 
 RUN = {"method": "floral", "seed": 1}
