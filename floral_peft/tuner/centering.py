@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.layers.factored import FactoredLayer
 from floral_peft.tuner.layers.norm import Norm
+from floral_peft.tuner.tied import sharing_layers
 
 
 @torch.no_grad()
@@ -32,9 +33,20 @@ def center_adaptors(model: nn.Module, weights: Tensor) -> dict[str, float]:
         one of its adaptors.
 
     Raises:
-        ValueError: `weights` are no weights, or a layer has nowhere to put the mean.
+        ValueError: `weights` are no weights, a layer has nowhere to put the mean, or is merged, or shares its weight.
     """
     layers = [module for module in model.modules() if isinstance(module, FloralLayer)]
+    sharing = sharing_layers(model)
+    for layer in layers:
+        if layer.merged:
+            raise ValueError(
+                f"Layer {layer.name}: a client's mixture is merged into it. Call `unmerge_adapter` first."
+            )
+        if layer.name in sharing and _target(layer)[1]:
+            raise ValueError(
+                f"Layer {layer.name} shares its weight with {', '.join(sharing[layer.name])}, which the adaptors' "
+                "mean would change too. Untie them first, or use FloralConfig(shared_r=...) with a frozen base."
+            )
     plans = [(layer, *_target(layer), _mean_of(layer, weights)) for layer in layers]
     return {
         layer.name: _center(layer, adapter_name, into_base, mean) for layer, adapter_name, into_base, mean in plans
@@ -59,18 +71,24 @@ def _target(layer: FloralLayer) -> tuple[str, bool]:
 def _mean_of(layer: FloralLayer, weights: Tensor) -> Tensor:
     adaptors = getattr(layer, layer.adapter_layer_names[0])
     name = next(name for name in layer.active_adapters if layer.holds(name))
-    row = weights if weights.dim() == 1 else weights[layer.slot[name]]
-    count = len(adaptors[name])
+    count, slots = len(adaptors[name]), layer.router.logits[name].shape[1]
+    if weights.dim() == 2 and len(weights) != slots:
+        raise ValueError(
+            f"Layer {layer.name}: weights have the shape {tuple(weights.shape)}, expected (C,) or, with "
+            f"`router_per_layer`, a row per layer; here a client has {slots} routers."
+        )
+    row = weights[layer.slot[name]] if weights.dim() == 2 else weights
     if row.shape != (count,) or not bool((row >= 0).all()) or not bool(row.isfinite().all()) or float(row.sum()) <= 0:
-        raise ValueError(f"weights must be {count} numbers of at least 0 with a sum above 0, got {row.tolist()}.")
+        raise ValueError(
+            f"Layer {layer.name}: weights must be {count} numbers of at least 0 with a sum above 0, "
+            f"got {row.tolist()}."
+        )
     return (row / row.sum()).double()
 
 
 def _center(layer: FloralLayer, adapter_name: str, into_base: bool, mean: Tensor) -> float:
     if isinstance(layer, Norm):
-        for name in ("weight", "bias"):
-            _center_exact(layer, name, adapter_name, into_base, mean)
-        return 0.0
+        return _center_norm(layer, adapter_name, into_base, mean)
     if not isinstance(layer, FactoredLayer):
         raise TypeError(f"Layer {layer.name}: a {type(layer).__name__} cannot be centered.")
     factors = layer.factors(adapter_name)
@@ -80,7 +98,7 @@ def _center(layer: FloralLayer, adapter_name: str, into_base: bool, mean: Tensor
     if into_base:
         base: Any = layer.get_base_layer()
         delta = layer.delta_weight(factors, mean[None].to(factors.a.dtype))
-        base.weight.add_(delta.to(base.weight.dtype))
+        errors.append(_add(base.weight, delta))
     elif factors.shared_a is not None and factors.shared_b is not None:
         shared_a, shared_b = _as_matrices(factors.shared_a, factors.shared_b)
         rows = torch.cat([a.flatten(0, 1), shared_a.flatten(0, 1)])
@@ -89,7 +107,11 @@ def _center(layer: FloralLayer, adapter_name: str, into_base: bool, mean: Tensor
         new_a, new_b, error = refactor(rows, columns, coefficients[None], shared_a.shape[1])
         _write(factors.shared_a, factors.shared_b, new_a, new_b)
         errors.append(error)
-    _center_exact(layer, "bias", adapter_name, into_base, mean)
+    if adapter_name in layer.floral_bias:
+        values = layer.floral_bias[adapter_name]
+        common = torch.tensordot(mean.to(values), values, dims=1)
+        errors.append(_receive(layer, "bias", adapter_name, into_base, common))
+        values.sub_(common)
     difference = torch.eye(len(mean), dtype=mean.dtype, device=mean.device) - mean
     new_a, new_b, error = refactor(
         a.flatten(0, 1), _columns(b), difference.repeat_interleave(a.shape[1], dim=1), a.shape[1]
@@ -98,19 +120,30 @@ def _center(layer: FloralLayer, adapter_name: str, into_base: bool, mean: Tensor
     return max(*errors, error)
 
 
-def _center_exact(layer: FloralLayer, name: str, adapter_name: str, into_base: bool, mean: Tensor) -> None:
-    """Biases and scales: tables (C, ...) without a rank."""
-    table = getattr(layer, f"floral_{name}", {})
-    if adapter_name not in table:
-        return
-    values = table[adapter_name]
-    common = torch.tensordot(mean.to(values), values, dims=1)
+def _center_norm(layer: Norm, adapter_name: str, into_base: bool, mean: Tensor) -> float:
+    tables, errors = layer.tables(adapter_name), [0.0]
+    for name, values in tables.items():
+        common = torch.tensordot(mean.to(values), values, dims=1)
+        errors.append(_receive(layer, name, adapter_name, into_base, common))
+        tables[name] = values - common
+    layer.set_tables(adapter_name, tables)
+    return max(errors)
+
+
+def _receive(layer: FloralLayer, name: str, adapter_name: str, into_base: bool, common: Tensor) -> float:
+    """Put the mean of scales or biases, which have no rank, where all clients have it."""
     if into_base:
-        target = getattr(layer.get_base_layer(), name)
-        target.add_((common * layer.scaling[adapter_name]).to(target.dtype))
-    else:
-        getattr(layer, f"floral_shared_{name}")[adapter_name].add_(common)
-    values.sub_(common)
+        return _add(getattr(layer.get_base_layer(), name), common * layer.scaling[adapter_name])
+    return _add(getattr(layer, f"floral_shared_{name}")[adapter_name], common)
+
+
+def _add(target: Tensor, delta: Tensor) -> float:
+    """Add in place. Returns the relative error that the target's precision makes in what is added."""
+    before = target.to(torch.float64, copy=True)
+    target.add_(delta.to(target.dtype))
+    size = float(delta.double().norm())
+    error = float((target.double() - before - delta.double()).norm()) / size if size else 0.0
+    return error if error > torch.finfo(delta.dtype).eps ** 0.5 else 0.0
 
 
 def refactor(rows: Tensor, columns: Tensor, coefficients: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

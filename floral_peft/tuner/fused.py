@@ -7,6 +7,8 @@ here that weight is made again. So what is saved is what the base layer alone wo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,20 @@ from torch.autograd import forward_ad
 
 
 Gradients = tuple[Tensor | None, ...]
+
+
+def without_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Run a backward pass in the dtypes of the forward one, wherever it is called."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Tensor) -> Gradients:
+        device = gradients[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *gradients)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *gradients)
+
+    return run
 
 
 class StackedLinear(torch.autograd.Function):
@@ -47,9 +63,10 @@ class StackedLinear(torch.autograd.Function):
         # the hidden numbers are made again where they would be many beside the input
         kept = hidden if 10 * len(first) <= rows.shape[1] else None
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, beta, w, kept)
-        return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
+        return result if x.dim() == 2 else result.view(*x.shape[:-1], len(weight))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:
         """Each gradient only where it is asked for."""
         x, weight, a, b, beta, w, hidden = ctx.saved_tensors
@@ -90,11 +107,12 @@ class MergedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, beta: Tensor | None, w: Tensor
     ) -> Tensor:
         """Returns (..., out)."""
-        ctx.save_for_backward(x, weight, a, b, beta, w)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, beta, w)
         merged = torch.addmm(weight, scaled_second(b, w).flatten(1), a.flatten(0, 1))
         return nn.functional.linear(x, merged, mixed_shift(bias, beta, w))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:
         """Each gradient only where it is asked for; those of the factors come from the merged weight's."""
         x, weight, a, b, beta, w = ctx.saved_tensors

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from floral_peft.tuner.compute import composed_kernel, kernel_gradients
-from floral_peft.tuner.fused import Gradients, mixed_shift, scaled_second, second_gradients, shift_gradients
+from floral_peft.tuner.fused import (
+    Gradients,
+    mixed_shift,
+    scaled_second,
+    second_gradients,
+    shift_gradients,
+    without_autocast,
+)
 
 
 class Stage(NamedTuple):
@@ -54,6 +61,7 @@ class FusedConv(torch.autograd.Function):
         return _convolve(x, merged, mixed_shift(bias, beta, w), stages[0])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> Gradients:
         """Each gradient only where it is asked for."""
         x, weight, a, b, beta, w = ctx.saved_tensors

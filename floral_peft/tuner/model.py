@@ -23,6 +23,7 @@ from typing_extensions import override
 from floral_peft.tuner.config import REPARAMETRIZED
 from floral_peft.tuner.layers import FloralLayer, Norm, is_norm, layer_class
 from floral_peft.tuner.router import Client, Router, RouterSettings
+from floral_peft.tuner.tied import sharing_layers
 
 
 class FloralModel(BaseTuner):
@@ -139,6 +140,8 @@ class FloralModel(BaseTuner):
         backend = self._backend(target)
         layer = self._layer_class(target, current_key, backend, peft_config)(target, self.router, current_key)
         layer.quantization_backend = backend
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            layer.register_forward_pre_hook(_no_fast_path)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, **options)
         if adapter_name not in self.active_adapters:
@@ -342,19 +345,12 @@ class FloralModel(BaseTuner):
     @override
     def _check_merge_allowed(self) -> None:
         """Refuse to merge into a weight that another layer uses too: that layer would change with it."""
-        users: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                users.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
-        for layer in self._layers():
-            others = set(users.get(id(layer.get_base_layer()._parameters.get("weight")), [])) - {layer.name}
-            if others:
-                raise ValueError(
-                    f"Cannot merge: {layer.name} is adapted and shares its weight with {', '.join(sorted(others))}, "
-                    "which would change too. Untie them first (for example load the model with "
-                    "tie_word_embeddings=False), or use the adapter unmerged."
-                )
+        for name, others in sharing_layers(self.model).items():
+            raise ValueError(
+                f"Cannot merge: {name} is adapted and shares its weight with {', '.join(others)}, which would change "
+                "too. Untie them first (for example load the model with tie_word_embeddings=False), or use the "
+                "adapter unmerged."
+            )
         super()._check_merge_allowed()
 
     @override
@@ -402,6 +398,10 @@ class FloralModel(BaseTuner):
             return remapped
         infixes = _names(model, FloralLayer)
         return {key if cls.prefix in key else _with_infix(key, infixes): value for key, value in remapped.items()}
+
+
+def _no_fast_path(layer: nn.Module, args: Any) -> None:
+    """Torch's encoder layer, in evaluation, reads its weights past any adaptor unless something in it has a hook."""
 
 
 def _names(model: nn.Module, kind: type) -> tuple[str, ...]:

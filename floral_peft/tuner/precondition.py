@@ -40,7 +40,12 @@ def precondition_gradients(factors: nn.Module | Iterable[Pair], damping: float =
         factors: a model, or (in a loop, where the walk over the model would be repeated) its `factor_pairs`. Factors
             without a gradient are passed over.
         damping: relative damping, above 0.
+
+    Raises:
+        ValueError: `damping` is not above 0.
     """
+    if not damping > 0:
+        raise ValueError(f"damping={damping!r} must be above 0.")
     pairs = factor_pairs(factors) if isinstance(factors, nn.Module) else factors
     batches: dict[tuple[object, ...], list[Pair]] = defaultdict(list)
     for a, b in pairs:

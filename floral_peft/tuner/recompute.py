@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -85,8 +84,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         for item in value:
             yield from _tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors(vars(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors(vars(value))  # a dataclass, or whatever else holds them
 
 
 def _mark(roots: list[Any], state: object) -> None:

@@ -49,6 +49,7 @@ class Router(nn.Module):
         self.recomputation = Recomputation[Selection]()
         self._several = False
         self._pass: dict[Any, Tensor] | None = None  # what a forward pass has computed so far
+        self._outer: list[tuple[dict[Any, Tensor] | None, Selection, bool]] = []  # passes around the one at hand
 
     # The table
 
@@ -171,9 +172,12 @@ class Router(nn.Module):
         """Use these rows (see `rows`) from now on."""
         self.client = rows
         self.selection = Selection(self.client)
+        self._pass = None  # of a pass that was interrupted, say
+        self._outer.clear()
 
     def begin_forward(self, rows: Tensor | None) -> None:
         """A forward pass of the model starts: with its own rows, if any, and fresh noise while training."""
+        self._outer.append((self._pass, self.selection, self.recomputation.checkpointed))
         self._pass = {}
         self.recomputation.checkpointed = False
         client = self.client if rows is None else rows
@@ -187,15 +191,13 @@ class Router(nn.Module):
             self.selection = Selection(client, noise)
 
     def end_forward(self, output: Any) -> None:
-        """A forward pass ends: remember its selection for a later recomputation, and return to the current client."""
-        self._pass = None
-        if torch.compiler.is_compiling():
-            self.selection = Selection(self.client)
-            return
-        if self._several or self.selection.noise:
+        """A forward pass ends: remember its selection for a later recomputation, and return to what was before."""
+        if not torch.compiler.is_compiling() and (self._several or self.selection.noise):
             self.recomputation.remember(output, self.selection)  # else every pass has the same state
-        if self.selection.client is not self.client or self.selection.noise:
-            self.selection = Selection(self.client)
+        if self._outer:
+            self._pass, self.selection, self.recomputation.checkpointed = self._outer.pop()
+        else:  # the client was chosen anew within the pass
+            self._pass, self.selection = None, Selection(self.client)
 
     # The mixture
 
@@ -227,14 +229,14 @@ class Router(nn.Module):
             known = self._pass[adapter_name, slot] = _of_slot(whole, slot)
         return known
 
-    def weights(self, mixture: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """s·π from what `mixture` gave, (C,) for one client, else (n, C): computed once a pass, too."""
+    def weights(self, mixture: Tensor, scale: float, like: Tensor) -> Tensor:
+        """As `like` is: s·π from what `mixture` gave, (C,) for one client, else (n, C): computed once a pass, too."""
         if self._pass is None or self.recomputation.checkpointed or torch.compiler.is_compiling():
-            return _scaled(mixture, scale, dtype)
-        key = (id(mixture), scale, dtype)  # while the pass lasts, so does the mixture
+            return _scaled(mixture, scale, like)
+        key = (id(mixture), scale, like.dtype, like.device)  # while the pass lasts, so does the mixture
         known = self._pass.get(key)
         if known is None:
-            known = self._pass[key] = _scaled(mixture, scale, dtype)
+            known = self._pass[key] = _scaled(mixture, scale, like)
         return known
 
     def _softmax(self, adapter_name: str, selection: Selection) -> Tensor:
@@ -279,8 +281,8 @@ def _of_slot(pi: Tensor, slot: int | None) -> Tensor:
     return pi.view(-1, pi.shape[-1]) if pi.shape[1] == 1 else pi[:, slot]
 
 
-def _scaled(mixture: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    weights = (mixture.view(-1) if len(mixture) == 1 else mixture).to(dtype)
+def _scaled(mixture: Tensor, scale: float, like: Tensor) -> Tensor:
+    weights = (mixture.view(-1) if len(mixture) == 1 else mixture).to(like)
     return weights if scale == 1 else weights * scale
 
 

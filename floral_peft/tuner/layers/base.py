@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.layers.cache import MergeCache
-from floral_peft.tuner.router import Router
+from floral_peft.tuner.router import Router, Selection
 
 
 class FloralLayer(nn.Module, BaseTunerLayer):
@@ -139,8 +139,8 @@ class FloralLayer(nn.Module, BaseTunerLayer):
     def _may_run_base(self) -> bool:
         """Whether the base's forward may be done here: a plain layer of a known kind."""
         base: Any = self.base_layer
-        if type(base) not in self.exact_types or base._forward_hooks or base._forward_pre_hooks:
-            return False  # hooks would be passed by, and may be what shards or offloads the layer
+        if type(base) not in self.exact_types or has_hooks(base):
+            return False  # these would be passed by, and may be what shards or offloads the layer
         for name, parameter in base._parameters.items():
             # by getattr: FSDP hides parameters behind attributes while it runs
             if parameter is not None and not _is_plain(getattr(base, name)):
@@ -158,7 +158,10 @@ class FloralLayer(nn.Module, BaseTunerLayer):
             if self._cache.can_watch(sources):
                 if any(self.compute[name] == "stacked" for name in names):
                     return None
-                settings = tuple((name, self.scaling[name], *self.router.settings[name].shape_of_pi) for name in names)
+                settings: tuple[Any, ...] = tuple(
+                    (name, self.scaling[name], *self.router.settings[name].shape_of_pi) for name in names
+                )
+                settings += (torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type))
                 forced = any(self.compute[name] == "merged" for name in names)
                 stacked, merged = self._sum_of_costs(x, names)
                 return self._cache.get(sources, settings, stacked, 0 if forced else merged, make)
@@ -213,7 +216,7 @@ class FloralLayer(nn.Module, BaseTunerLayer):
         return self.parameter_deltas(adapter, self._one_mixture(adapter))["weight"]
 
     def _one_mixture(self, adapter_name: str) -> Tensor:
-        mixture = self.router.mixture(adapter_name, self.slot[adapter_name])
+        mixture = self.router.mixture(adapter_name, self.slot[adapter_name], Selection(self.router.client))
         if len(mixture) > 1:
             raise ValueError(
                 f"Layer {self.name}: {len(mixture)} clients are selected, but a weight can hold one client's mixture. "
@@ -269,6 +272,17 @@ class FloralLayer(nn.Module, BaseTunerLayer):
     @override
     def __repr__(self) -> str:
         return "floral." + super().__repr__()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything hangs on a module that is to happen when it is called, a replaced `forward` included."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -53,6 +53,7 @@ class ReparametrizedBatchNorm(Norm):
         super().__init__(base_layer, router, name)
         self.floral_mean = BufferDict({}, persistent=True)
         self.floral_var = BufferDict({}, persistent=True)
+        self._before: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def fits(base: nn.Module) -> bool:
@@ -68,15 +69,33 @@ class ReparametrizedBatchNorm(Norm):
 
     @override
     def tables(self, adapter_name: str) -> dict[str, Tensor]:
-        base = self.get_base_layer()
         tables = super().tables(adapter_name)
-        sigma = (base.running_var + base.eps).sqrt()
-        sigmas = (self.floral_var[adapter_name] + base.eps).sqrt()
+        ratio, shift = self._relative(adapter_name)
         if "bias" in tables:
-            shift = (self.floral_mean[adapter_name] - base.running_mean) / sigma
             tables["bias"] = tables["bias"] + _kept(shift) * tables["weight"].detach()
-        tables["weight"] = tables["weight"] * _kept(sigmas / sigma)
+        tables["weight"] = tables["weight"] * _kept(ratio)
         return tables
+
+    @override
+    def set_tables(self, adapter_name: str, tables: dict[str, Tensor]) -> None:
+        ratio, shift = self._relative(adapter_name)
+        weight = tables["weight"] / ratio
+        own = {name: table - shift * weight if name == "bias" else weight for name, table in tables.items()}
+        super().set_tables(adapter_name, own)
+
+    def _relative(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """σ_c / σ and (μ_c − μ) / σ, (C, channels), by the statistics before the step at hand."""
+        base = self.get_base_layer()
+        mean, var = self._before or (base.running_mean, base.running_var)
+        sigma = (var + base.eps).sqrt()
+        sigmas = (self.floral_var[adapter_name] + base.eps).sqrt()
+        return sigmas / sigma, (self.floral_mean[adapter_name] - mean) / sigma
+
+    @override
+    def _sources(self, names: list[str]) -> list[Tensor]:
+        base = self.get_base_layer()
+        own = [table[name] for table in (self.floral_mean, self.floral_var) for name in names]
+        return [*super()._sources(names), *own, base.running_mean, base.running_var]
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -84,8 +103,17 @@ class ReparametrizedBatchNorm(Norm):
         base = self.get_base_layer()
         if not names or not base.training:
             return super().forward(x, *args, **kwargs)
-        mean, var = base.running_mean.clone(), base.running_var.clone()
-        result = super().forward(x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None:
+            raise RuntimeError(
+                f"Layer {self.name} is recomputed in backward (gradient checkpointing), but its statistics have moved "
+                "since, so the gradients would be wrong. Do not checkpoint it, or use adapt_norms=True instead of "
+                '"reparametrized".'
+            )
+        mean, var = self._before = base.running_mean.clone(), base.running_var.clone()
+        try:
+            result = super().forward(x, *args, **kwargs)
+        finally:
+            self._before = None
         self._track(names, mean, var)
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,7 +29,7 @@ class MergeCache:
     @staticmethod
     def can_watch(sources: Sequence[Tensor]) -> bool:
         """Whether a change of these would be seen; not so with stand-ins of functional calls or sharding."""
-        return all(
+        return not torch._C._are_functorch_transforms_active() and all(
             (type(source) is nn.Parameter or not source.requires_grad) and not source.is_inference()
             for source in sources
         )

@@ -115,7 +115,7 @@ class Conv(ConvLayer):
         base = self.get_base_layer()
         if len(mixture) > 1 or base.groups > 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
             return None
-        inputs = self.fused_inputs(adapter_name, mixture, x.dtype)
+        inputs = self.fused_inputs(adapter_name, mixture, x)
         if (
             inputs is None
             or self.compute[adapter_name] == "stacked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -24,6 +25,20 @@ class Embedding(FactoredLayer):
         return Geometry((self.in_features,), self.out_features, table=True)
 
     @override
+    def add_adaptors(self, adapter_name: str, config: FloralConfig, rank: int | None) -> None:
+        super().add_adaptors(adapter_name, config, rank)
+        padding = self.get_base_layer().padding_idx
+        if padding is not None:
+            with torch.no_grad():
+                self.floral_A[adapter_name][:, :, padding] = 0
+
+    @override
+    def _may_run_base(self) -> bool:
+        base = self.get_base_layer()
+        special = base.max_norm is not None or base.scale_grad_by_freq or base.sparse
+        return not special and super()._may_run_base()  # these mean something else for a merged table
+
+    @override
     def weight_numel(self) -> int:
         return self.in_features * self.out_features
 
@@ -31,6 +46,12 @@ class Embedding(FactoredLayer):
     def add(self, x: Tensor, result: Tensor, factors: Factors, mixture: Tensor) -> Tensor:
         hidden = F.embedding(x, factors.first().T, padding_idx=self.get_base_layer().padding_idx)
         if len(x) > 1:  # else positions, say: looked up once for all examples
+            if x.dim() == 1 and len(mixture) > 1 and len(x) != len(mixture):
+                raise ValueError(
+                    f"Layer {self.name}: {len(mixture)} clients were given, but its ids, of shape {tuple(x.shape)}, "
+                    "do not say which example they belong to. Give ids of shape (batch, length) or (1, length), or "
+                    "name the layer in `exclude_modules`."
+                )
             mixture = per_example(mixture, len(x), self.name)
         hidden = factors.scaled_hidden(hidden, mixture, -1)
         added = F.linear(hidden, factors.second())

@@ -143,7 +143,7 @@ class FactoredLayer(FloralLayer):
             self.scaling[adapter_name],
         )
 
-    def fused_inputs(self, adapter_name: str, mixture: Tensor, dtype: torch.dtype) -> FusedInputs | None:
+    def fused_inputs(self, adapter_name: str, mixture: Tensor, x: Tensor) -> FusedInputs | None:
         """What a fused operation takes after the layer's input: W, b, A, B, β and s·π.
 
         None where there is a shared adaptor, which the fused operations do not know.
@@ -157,7 +157,7 @@ class FactoredLayer(FloralLayer):
             _held(self.floral_A, adapter_name),
             _held(self.floral_B, adapter_name),
             _get(self.floral_bias, adapter_name),
-            self.router.weights(mixture, self.scaling[adapter_name], dtype),
+            self.router.weights(mixture, self.scaling[adapter_name], x),
         )
 
     @override

@@ -34,9 +34,11 @@ class Linear(FactoredLayer):
 
     @override
     def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
-        inputs = self.fused_inputs(adapter_name, mixture, x.dtype)
+        inputs = self.fused_inputs(adapter_name, mixture, x)
         if inputs is None or x.dim() < 2 or not fits(x, inputs[0], inputs[2]):
             return None
+        if inputs[5].requires_grad and not (inputs[0].requires_grad or inputs[2].requires_grad):
+            return None  # the router trains alone: separate operations need not keep x
         examples, compute = len(mixture), self.compute[adapter_name]
         if examples > 1 and (x.shape[0] % examples or x.numel() == 0):
             return None

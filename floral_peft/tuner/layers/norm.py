@@ -71,6 +71,11 @@ class Norm(FloralLayer):
         tables = {"weight": self.floral_weight, "bias": self.floral_bias}
         return {name: table[adapter_name] for name, table in tables.items() if adapter_name in table}
 
+    def set_tables(self, adapter_name: str, tables: dict[str, Tensor]) -> None:
+        """Make `tables` give these, in place."""
+        for name, table in tables.items():
+            getattr(self, f"floral_{name}")[adapter_name].copy_(table)
+
     def _mixed(self, adapter_name: str, mixture: Tensor) -> dict[str, Tensor]:
         """s·(Σ_c π_c γ_c + shared), and the same of β, for mixtures (n, C): (n, *shape)."""
         mixed = {}
