@@ -234,7 +234,8 @@ def population_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     for clients in (1_000, 1_000_000):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "figures.json"
-            own = [str(Path(__file__).resolve()), "--crowd", str(clients), "--rounds", "20", "--out", str(out)]
+            make_crowd(clients, folder)
+            own = [str(Path(__file__).resolve()), "--crowd", folder, "--rounds", "20", "--out", str(out)]
             subprocess.run([sys.executable, *own], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S603
             figures = json.loads(out.read_text())
         print(f"\n{clients:,} clients: start-up {figures['startup_seconds']:.2f} s, "
@@ -244,21 +245,30 @@ def population_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def make_crowd(clients: int, folder: str) -> None:
+    """Four examples for each of very many clients, in an order that is nobody's, as an Arrow file."""
+    rng = np.random.default_rng(0)
+    rows = 4 * clients
+    columns = {"x": rng.standard_normal((rows, 8), dtype=np.float32), "labels": rng.integers(0, 2, rows)}
+    client = rng.permutation(np.arange(rows) % clients)
+    Dataset.from_dict({**columns, "client": client}).save_to_disk(f"{folder}/examples")
+
+
 def crowd(options: argparse.Namespace) -> None:
     """Train FLoRAL on 16 of very many clients a round."""
-    count, folder = options.crowd, tempfile.mkdtemp()
-    rng = np.random.default_rng(0)
-    rows = 4 * count
-    columns = {"x": rng.standard_normal((rows, 8), dtype=np.float32), "labels": rng.integers(0, 2, rows)}
-    Dataset.from_dict({**columns, "client": rng.permutation(np.arange(rows) % count)}).save_to_disk(folder)
-    examples = datasets.load_from_disk(folder)
+    examples = datasets.load_from_disk(f"{options.crowd}/examples")
     torch.manual_seed(0)
     model = adapted(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), trained=True)
     clock = Clock(time.perf_counter)
     began = time.perf_counter()
     clients = FederatedDataset.from_column(examples, "client")
     args = FederatedArguments(
-        f"{folder}/out", rounds=options.rounds, clients_per_round=16, disable_tqdm=True, use_cpu=True, cohort="loop"
+        f"{options.crowd}/out",
+        rounds=options.rounds,
+        clients_per_round=16,
+        disable_tqdm=True,
+        use_cpu=True,
+        cohort="loop",
     )
     trainer = FederatedTrainer(model, args, clients, method="floral", callbacks=[clock])
     trainer.train()
@@ -290,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     parser.add_argument("--worker", choices=SETTINGS, help=argparse.SUPPRESS)
-    parser.add_argument("--crowd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--crowd", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
