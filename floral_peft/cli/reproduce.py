@@ -123,12 +123,13 @@ def reproduce(arguments: Sequence[str]) -> None:
             print(_listed(run))
         return
     failed: dict[str, str] = {}
+    threads = torch.get_num_threads()
     processes = TrainerAccelerator(planned[0].settings.federated).processes
     for number, run in enumerate(planned, start=1):
         if processes.is_main:
             print(f"[{number}/{len(planned)}] {run.name}: ", end="", flush=True)
         try:
-            told = _run(run, processes, asked.keep_checkpoints)
+            told = _run(run, processes, asked.keep_checkpoints, threads)
         except Exception as error:
             if processes.count > 1 and not isinstance(error, _RefusedError):  # the others may be anywhere
                 raise
@@ -152,8 +153,9 @@ def _plan(task: str, variant: Variant, seed: int, out: Path, words: list[str]) -
     folder = out / file_name(task) / file_name(variant.label) / f"seed-{seed}"
     ours = ["--task", task, "--baselines", "none", "--seed", str(seed), "--output_dir", str(folder)]
     settings = read_settings([*words, *variant.words(), *ours])
-    values = settings.to_dict(variant.method, settings.federated)
-    settings = read_settings([*words, *variant.words(values), *ours])
+    if variant.multiplies:
+        values = settings.to_dict(variant.method, settings.federated)
+        settings = read_settings([*words, *variant.words(values), *ours])
     federated = settings.federated
     rounds = federated.rounds
     args = replace(
@@ -165,8 +167,14 @@ def _plan(task: str, variant: Variant, seed: int, out: Path, words: list[str]) -
     return PlannedRun(variant, replace(settings, federated=args))
 
 
-def _run(run: PlannedRun, processes: Processes, keep: bool) -> str:
+def _run(run: PlannedRun, processes: Processes, keep: bool, threads: int) -> str:
     """Do a run, unless it is done.
+
+    Args:
+        run: The run.
+        processes: Those that share it.
+        keep: Whether its checkpoints stay when it is done.
+        threads: For PyTorch's arithmetic, where neither the task nor the user says how many.
 
     Returns:
         What became of it, in words.
@@ -196,8 +204,7 @@ def _run(run: PlannedRun, processes: Processes, keep: bool) -> str:
             return str(standing)
         if processes.is_main:
             print("going on" if standing == "goes on" else "training", flush=True)
-        if run.settings.threads is not None:
-            torch.set_num_threads(run.settings.threads)
+        torch.set_num_threads(run.settings.threads or threads)
         args = replace(
             run.settings.federated,
             resume_from_checkpoint="true" if standing == "goes on" else None,
@@ -234,12 +241,13 @@ def _standing(run: PlannedRun) -> str:
     rounds = run.settings.federated.rounds
     if done and saved_rounds == rounds:
         return "done"
-    if checkpoint_rounds(run.folder):
+    trained = checkpoint_rounds(run.folder)
+    if trained and max(trained) <= rounds:
         return "goes on"
-    if done:
+    if done or trained:
         raise UsageError(
-            f"{run.folder} holds a run of {saved_rounds} rounds without a checkpoint to go on from, and {rounds} are "
-            "asked for: give another --out, or give that run up by --overwrite_output_dir"
+            f"{run.folder} holds a run of {saved_rounds} rounds and no checkpoint from which {rounds} can be reached: "
+            "give another --out, or give that run up by --overwrite_output_dir"
         )
     return "cut off"
 

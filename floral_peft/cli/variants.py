@@ -55,6 +55,11 @@ class Variant:
     method: str
     settings: dict[str, str]
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether it needs the task's own values."""
+        return any(_TIMES.fullmatch(value) for value in self.settings.values())
+
     def words(self, values: dict[str, object] | None = None) -> list[str]:
         """The flags of the variant.
 

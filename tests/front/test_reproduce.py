@@ -113,7 +113,7 @@ def test_a_folder_with_another_run_is_refused_by_the_setting(
     assert reproduce(tmp_path, "fedavg", "--learning_rate", "0.125") == 2
     assert "learning_rate=0.4, and 0.125 is asked for" in capsys.readouterr().err
     assert reproduce(tmp_path, "fedavg", "--rounds", "3") == 2
-    assert "2 rounds without a checkpoint" in capsys.readouterr().err
+    assert "2 rounds and no checkpoint from which 3 can be reached" in capsys.readouterr().err
     assert reproduce(tmp_path, "fedavg", "--learning_rate", "0.125", "--overwrite_output_dir") == 0
 
 
@@ -122,6 +122,12 @@ def test_a_done_run_goes_on_to_more_rounds_if_its_checkpoints_are_kept(tmp_path:
     assert reproduce(tmp_path / "more", "fedavg", "--rounds", "3") == 0
     assert reproduce(tmp_path / "whole", "fedavg", "--rounds", "3") == 0
     assert accuracy(tmp_path / "more/digits/fedavg/seed-1") == accuracy(tmp_path / "whole/digits/fedavg/seed-1")
+
+
+def test_a_done_run_does_not_pass_for_one_of_fewer_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce(tmp_path, "fedavg", "--keep_checkpoints") == 0
+    assert reproduce(tmp_path, "fedavg", "--rounds", "1") == 2
+    assert "2 rounds and no checkpoint from which 1 can be reached" in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
