@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from floral_peft.tasks.augment import FlipAndCrop
 from floral_peft.tasks.changes import Change, rotate, shift_labels
-from floral_peft.tasks.images import ImageClients
-from floral_peft.tasks.task import Task, register_task
+from floral_peft.tasks.images import ImageClients, register_whole_and_reduced
 
 
 HUB = "uoft-cs/cifar10"
@@ -71,23 +70,18 @@ SETTINGS: dict[str, Any] = {
     "target_modules": ["conv1", "conv2", "hidden", "output"],
     "train_base": True,
 }
-#: With a twentieth of the training examples.
-REDUCED: dict[str, Any] = {**SETTINGS, "rounds": 1500, "router_learning_rate": 0.3, "eval_steps": 75}
 
 
 def _register(name: str, change: Change, augment: Callable[[int], FlipAndCrop], how: str) -> None:
-    for suffix, kept, settings, amount in (("", 1.0, SETTINGS, "2,500"), ("-reduced", 0.05, REDUCED, "125")):
-        register_task(
-            Task(
-                name=f"cifar10-{name}{suffix}",
-                summary=f"CIFAR-10, 20 clients of {amount} training images; each of 4 clusters {how}",
-                clients=ImageClients("cifar10", CLIENTS, CLUSTERS, change, kept=kept, augment=augment),
-                model=cifar10_model,
-                settings=settings,
-                loss_fn=nn.functional.cross_entropy,
-                data=HUB,
-            )
-        )
+    register_whole_and_reduced(
+        f"cifar10-{name}",
+        f"CIFAR-10, 20 clients of {{}} training images; each of 4 clusters {how}",
+        ImageClients("cifar10", CLIENTS, CLUSTERS, change, augment=augment),
+        examples=2500,
+        settings=SETTINGS,
+        model=cifar10_model,
+        data=HUB,
+    )
 
 
 _register("rotate", rotate, FlipAndCrop, "sees them turned by another quarter turn")

@@ -10,8 +10,7 @@ from torch import nn
 
 from floral_peft.tasks.augment import FlipAndCrop
 from floral_peft.tasks.cifar10 import Normalize
-from floral_peft.tasks.images import ImageClients
-from floral_peft.tasks.task import Task, register_task
+from floral_peft.tasks.images import ImageClients, register_whole_and_reduced
 
 
 HUB = "uoft-cs/cifar100"
@@ -27,7 +26,7 @@ def vgg8() -> nn.Module:
     for index, width in enumerate(CHANNELS, start=1):
         conv = nn.Conv2d(channels, width, 3, padding=1)
         nn.init.normal_(conv.weight, std=math.sqrt(2 / (9 * width)))
-        nn.init.zeros_(conv.bias) if conv.bias is not None else None
+        nn.init.zeros_(conv.get_parameter("bias"))
         layers |= {f"conv{index}": conv, f"relu{index}": nn.ReLU(), f"pool{index}": nn.MaxPool2d(2)}
         channels = width
     layers |= {
@@ -58,25 +57,13 @@ SETTINGS: dict[str, Any] = {
     "target_modules": [*(f"conv{index}" for index in range(1, 6)), "hidden1", "hidden2", "output"],
     "train_base": True,
 }
-#: With a twentieth of the training examples.
-REDUCED: dict[str, Any] = {**SETTINGS, "rounds": 1500, "router_learning_rate": 0.3, "eval_steps": 75}
 
-for suffix, kept, settings, amount in (("", 1.0, SETTINGS, 500), ("-reduced", 0.05, REDUCED, 25)):
-    register_task(
-        Task(
-            name=f"cifar100{suffix}",
-            summary=f"CIFAR-100, 100 clients of {amount} training images; each of 10 clusters has 10 of the labels",
-            clients=ImageClients(
-                "cifar100",
-                CLIENTS,
-                CLUSTERS,
-                by_label=True,
-                kept=kept,
-                augment=lambda cluster: FlipAndCrop(),
-            ),
-            model=vgg8,
-            settings=settings,
-            loss_fn=nn.functional.cross_entropy,
-            data=HUB,
-        )
-    )
+register_whole_and_reduced(
+    "cifar100",
+    "CIFAR-100, 100 clients of {} training images; each of 10 clusters has 10 of the labels",
+    ImageClients("cifar100", CLIENTS, CLUSTERS, by_label=True, augment=lambda cluster: FlipAndCrop()),
+    examples=500,
+    settings=SETTINGS,
+    model=vgg8,
+    data=HUB,
+)

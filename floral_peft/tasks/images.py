@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from floral_peft.federated import FederatedDataset
 from floral_peft.federated.seeding import derive_seed
@@ -17,13 +17,17 @@ from floral_peft.federated.transforms import BatchTransform
 from floral_peft.tasks.changes import Change, unchanged
 from floral_peft.tasks.data import column_of, read_column, read_images, read_splits
 from floral_peft.tasks.tables import as_dataset, cut
+from floral_peft.tasks.task import Task, register_task
 
 
 IMAGES = ("image", "img")
 LABELS = ("label", "labels", "fine_label")
 
-#: Fewest training examples of a client of a reduced task.
+#: What clients of a reduced task keep of their training examples: a twentieth, but so many at least.
+KEPT = 0.05
 LEAST = 10
+#: The paper's settings of reduced tasks, where they differ.
+REDUCED: dict[str, Any] = {"rounds": 1500, "router_learning_rate": 0.3, "eval_steps": 75}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class ImageClients:
         change: What makes clusters differ.
         by_label: Cluster c only has labels y with y mod C = c, in place of all.
         flat: Images become vectors.
-        kept: The share of its training examples that each client keeps: the first of them, at least 10.
+        kept: The share of its training examples that each client keeps: the first of them, but 10 at least.
         augment: Cluster → a transform of the training images.
     """
 
@@ -154,3 +158,29 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     images = torch.from_numpy(np.ascontiguousarray(pixels))
     images = images.movedim(-1, 1) if images.dim() == 4 else images[:, None]
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def register_whole_and_reduced(
+    name: str, summary: str, clients: ImageClients, examples: int, settings: Mapping[str, Any], **more: Any
+) -> None:
+    """Register a task of image classification, and the same with a twentieth of the training examples.
+
+    Args:
+        name: The task's name; that of the other ends in -reduced.
+        summary: One line, with {} where the number of a client's training examples belongs.
+        clients: The task's clients.
+        examples: How many training examples each of them has.
+        settings: The task's settings.
+        more: More attributes of the [`Task`].
+    """
+    for kept, suffix, changed in ((1.0, "", {}), (KEPT, "-reduced", REDUCED)):
+        register_task(
+            Task(
+                name=name + suffix,
+                summary=summary.format(f"{round(kept * examples):,}"),
+                clients=replace(clients, kept=kept),
+                settings={**settings, **changed},
+                loss_fn=nn.functional.cross_entropy,
+                **more,
+            )
+        )

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from floral_peft.tasks.changes import Change, rotate, shift_labels
-from floral_peft.tasks.images import ImageClients
-from floral_peft.tasks.task import Task, register_task
+from floral_peft.tasks.images import ImageClients, register_whole_and_reduced
 
 
 HUB = "ylecun/mnist"
@@ -35,24 +34,19 @@ SETTINGS: dict[str, Any] = {
     "target_modules": ["hidden", "output"],
     "train_base": True,
 }
-#: With a twentieth of the training examples.
-REDUCED: dict[str, Any] = {**SETTINGS, "rounds": 1500, "router_learning_rate": 0.3, "eval_steps": 75}
 
 
 def _register(name: str, change: Change, how: str) -> None:
-    for suffix, kept, settings, amount in (("", 1.0, SETTINGS, "200"), ("-reduced", 0.05, REDUCED, "10")):
-        register_task(
-            Task(
-                name=f"mnist-{name}{suffix}",
-                summary=f"MNIST, 300 clients of {amount} training images; each of 4 clusters {how}",
-                clients=ImageClients("mnist", CLIENTS, CLUSTERS, change, flat=True, kept=kept),
-                model=mnist_model,
-                settings=settings,
-                loss_fn=nn.functional.cross_entropy,
-                threads=1,
-                data=HUB,
-            )
-        )
+    register_whole_and_reduced(
+        f"mnist-{name}",
+        f"MNIST, 300 clients of {{}} training images; each of 4 clusters {how}",
+        ImageClients("mnist", CLIENTS, CLUSTERS, change, flat=True),
+        examples=200,
+        settings=SETTINGS,
+        model=mnist_model,
+        threads=1,
+        data=HUB,
+    )
 
 
 _register("rotate", rotate, "sees them turned by another quarter turn")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from floral_peft import FederatedDataset, FloralConfig
+from floral_peft import FederatedArguments, FederatedDataset, FederatedTrainer, FloralConfig
 from floral_peft.federated import get_method
 from floral_peft.tasks import get_task
+from floral_peft.tasks.augment import FlipAndCrop
 from floral_peft.tasks.changes import rotate, shift_labels
 from floral_peft.tasks.images import ImageClients, deal
 from tests.tasks.folders import save_images
@@ -118,6 +119,53 @@ def test_the_paper_s_tasks_take_a_folder_of_datasets(
         assert 0 <= example["inputs"].min() < example["inputs"].max() <= 1
     logits = chosen.model()(example["inputs"][None])
     assert logits.shape == (1, 10)
+
+
+def test_the_clients_of_cifar100_have_the_ten_fine_labels_of_their_cluster(tmp_path: Path) -> None:
+    save_images(tmp_path, (32, 32, 3), 400, 200, "img", "fine_label", classes=100)
+    clients = get_task("cifar100").with_data(str(tmp_path)).clients(1)
+    for client in (0, 9, 10, 99):
+        assert set((rows(clients, client, "test")[1] % 10).tolist()) == {client % 10}
+    few = get_task("cifar100-reduced").with_data(str(tmp_path)).clients(1)
+    assert len(few) == 100
+
+
+@pytest.mark.parametrize(
+    ("task", "rounds", "batch", "rates", "sampled"),
+    [
+        ("synthetic-linear", 2000, 4, (0.1, 0.1), None),
+        ("synthetic-mlp", 2000, 8, (0.03, 0.1), None),
+        ("mnist-rotate", 500, 32, (0.1, 0.1), 0.1),
+        ("mnist-label-shift-reduced", 1500, 32, (0.1, 0.3), 0.1),
+        ("cifar10-label-shift", 500, 64, (0.03, 0.1), None),
+        ("cifar10-rotate-reduced", 1500, 64, (0.03, 0.3), None),
+        ("cifar100", 500, 64, (0.001, 0.1), 0.5),
+        ("cifar100-reduced", 1500, 64, (0.001, 0.3), 0.5),
+    ],
+)
+def test_the_settings_are_the_paper_s(
+    task: str, rounds: int, batch: int, rates: tuple[float, float], sampled: float | None
+) -> None:
+    settings = get_task(task).settings
+    assert (settings["rounds"], settings["per_device_train_batch_size"]) == (rounds, batch)
+    assert (settings["learning_rate"], settings["router_learning_rate"]) == rates
+    assert settings.get("clients_per_round") == sampled
+    assert (settings["budget"], settings["router_noise"], settings["train_base"]) == (0.01, 1.0, True)
+    assert settings.get("server_optimizer", "sgd") == ("adam" if "cifar100" in task else "sgd")
+
+
+def test_augmented_clients_train_as_they_do_side_by_side(tmp_path: Path) -> None:
+    save_images(tmp_path / "data", (12, 12, 3), 24, 8)
+    clients = ImageClients("data", 4, 4, change=rotate, augment=FlipAndCrop)(0, str(tmp_path))
+
+    def trained(cohort: str) -> Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 12 * 12, 10))
+        args = FederatedArguments(str(tmp_path / cohort), rounds=1, cohort=cohort, disable_tqdm=True)
+        FederatedTrainer(model, args, clients, "fedavg").train()
+        return torch.nn.utils.parameters_to_vector(model.parameters())
+
+    torch.testing.assert_close(trained("vectorized"), trained("loop"))
 
 
 @pytest.mark.parametrize(
