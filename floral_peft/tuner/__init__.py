@@ -2,6 +2,7 @@
 
 from floral_peft.tuner.centering import center_adaptors
 from floral_peft.tuner.config import FloralConfig
+from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.model import FloralModel
 from floral_peft.tuner.precondition import factor_pairs, precondition_gradients
@@ -11,6 +12,7 @@ from floral_peft.tuner.router import Router
 
 
 __all__ = [
+    "Ensemble",
     "FloralConfig",
     "FloralLayer",
     "FloralModel",
@@ -18,8 +20,10 @@ __all__ = [
     "Router",
     "center_adaptors",
     "factor_pairs",
+    "mixed",
     "parameter_roles",
     "precondition_gradients",
     "private_buffers",
     "register",
+    "reinitialized",
 ]

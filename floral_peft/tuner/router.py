@@ -298,6 +298,20 @@ class RouterSettings:
     per_layer: bool
     row_by_name: dict[str | int, int] | None = None
 
+    @classmethod
+    def of(cls, config: Any) -> RouterSettings:
+        """The part of a FloralConfig."""
+        settings = cls(
+            num_adaptors=config.num_adaptors,
+            num_clients=config.num_clients,
+            temperature=config.router_temperature,
+            noise=config.router_noise,
+            top_k=config.router_top_k,
+            per_layer=config.router_per_layer,
+        )
+        settings.name_rows(config.client_names)
+        return settings
+
     @property
     def shape_of_pi(self) -> tuple[float, int | None]:
         """What π depends on beside the logits."""

@@ -1,0 +1,139 @@
+"""What a model with a router offers its users: whose mixture it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from floral_peft.tuner.router import Client, Router
+
+
+class Clients:
+    """Mixin of a model whose forward pass mixes by the router `floral_router`: choosing clients, and their routers.
+
+    The model's forward pass must begin with `_before_forward` and end with `_after_forward`.
+
+    **Attributes**:
+        - **peft_config** (`dict`): adapter name → [`FloralConfig`].
+        - **active_adapters** (`list[str]`): the adapters in use.
+        - **floral_router** ([`Router`]): logits of all adapters and clients, and the current client.
+    """
+
+    peft_config: dict[str, Any]
+    active_adapters: Any
+    floral_router: Router
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = None
+        if "client_ids" in kwargs:
+            kwargs = dict(kwargs)
+            client = kwargs.pop("client_ids")
+            if client is not None:
+                self._check_not_merged("choose clients by `client_ids`")
+                rows = self.router.rows(client)
+        self.router.begin_forward(rows)
+        return args, kwargs
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.router.end_forward(output)
+
+    # Clients
+
+    def set_client(self, client: Client) -> None:
+        """Choose whose mixture the model computes from now on.
+
+        Args:
+            client: a client's name, or its row in the router's table; or a sequence or tensor (rows) of them, one per
+                example of the batches to come.
+
+        Raises:
+            ValueError: an unknown client, or the current client's mixture is merged into the weights.
+        """
+        rows = self.router.rows(client)
+        self._check_not_merged("choose another client")
+        self.router.select(rows)
+
+    @contextmanager
+    def client(self, client: Client) -> Iterator[None]:
+        """`set_client` for the length of a `with` block."""
+        before = self.router.client
+        self.set_client(client)
+        try:
+            yield
+        finally:
+            self.router.select(before)
+
+    def mixture(self, client: Client | None = None) -> Tensor:
+        """A client's weights of the C adaptors (the first active adapter's), without noise.
+
+        Args:
+            client: default: the current one.
+
+        Returns:
+            float32, detached, summing to 1: shape (C,); (n, C) for a sequence of clients; with `router_per_layer` a
+            dimension of L layers before the last.
+        """
+        rows = self.router.client if client is None else self.router.rows(client)
+        one = client is None or isinstance(client, (str, Integral))
+        many = len(rows) > 1 or not (one or (isinstance(client, Tensor) and client.dim() == 0))
+        pi = self.router.read(self.active_adapters[0], rows)
+        if not self.peft_config[self.active_adapters[0]].router_per_layer:
+            pi = pi[:, 0]
+        return pi if many else pi[0]
+
+    @property
+    def router(self) -> Router:
+        """All adapters' routers, and the current client."""
+        return self.floral_router
+
+    @property
+    def num_adaptors(self) -> int:
+        """C of the first active adapter."""
+        return int(self.peft_config[self.active_adapters[0]].num_adaptors)
+
+    def router_state_dict(self, client: int | str | None = None) -> dict[str, Tensor]:
+        """A client's logits, a copy: `{"logits": (L, C)}`, L = 1 without `router_per_layer`."""
+        row = self._one_row(client)
+        return {"logits": self.router.logits[self.active_adapters[0]].detach()[row].to(torch.float32, copy=True)}
+
+    def load_router_state_dict(self, state: dict[str, Tensor], client: int | str | None = None) -> None:
+        """Write logits as `router_state_dict` gave them into a client's row (default: the current client's)."""
+        row = self._one_row(client)
+        table = self.router.logits[self.active_adapters[0]]
+        logits = state.get("logits") if isinstance(state, dict) and len(state) == 1 else None
+        if not isinstance(logits, Tensor) or logits.shape != table.shape[1:] or not bool(logits.isfinite().all()):
+            found = f"one of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else repr(state)
+            raise ValueError(
+                f"A router's state is {{'logits': a finite tensor of shape {tuple(table.shape[1:])}}}, got {found}."
+            )
+        self._check_not_merged("change its router")
+        with torch.no_grad():
+            table[row] = logits.to(table)
+
+    def set_routers(self, logits: Tensor, client_names: Sequence[str | int] | None = None) -> None:
+        """Replace the active adapter's whole router table, and return to its first client.
+
+        Args:
+            logits: (K, L, C), the new table: K clients. The adapter's config follows (`num_clients`).
+            client_names: names of the K clients, so that `model.client("hamlet")` works.
+        """
+        self._check_not_merged("replace its routers")
+        name = self.active_adapters[0]
+        self.router.set_table(name, logits, client_names)
+        config = self.peft_config[name]
+        config.num_clients = None if len(logits) == 1 and client_names is None else len(logits)
+        config.client_names = None if client_names is None else list(client_names)
+
+    def _one_row(self, client: int | str | None) -> int:
+        rows = self.router.client if client is None else self.router.rows(client)
+        if len(rows) != 1:
+            raise ValueError(f"{len(rows)} clients are selected; name the one whose router is meant: client=...")
+        return int(rows)
+
+    def _check_not_merged(self, intent: str) -> None:
+        """Raise where no other client can be chosen, because one's mixture is merged into the weights."""
