@@ -53,8 +53,9 @@ def new_trainer(
 
 
 def has_router(model: nn.Module) -> bool:
-    """Whether clients mix adaptors in this model."""
-    return any(role.kind == "router" for role in parameter_roles(model).values())
+    """Whether clients mix adaptors in this model: one alone leaves nothing to mix."""
+    held = dict(model.named_parameters())
+    return any(role.kind == "router" and held[name].shape[-1] > 1 for name, role in parameter_roles(model).items())
 
 
 def train_one(trainer: FederatedTrainer, settings: Settings, label: str | None = None) -> dict[str, Path]:
@@ -96,17 +97,16 @@ def _write_run(
     written = {"records": folder / RECORDS, "by client": folder / CLIENTS, "settings": folder / SETTINGS}
     clusters = trainer.dataset.clusters
     index = None
+    kind = "adapter" if hasattr(trainer.model, "save_pretrained") else "model"
+    trainer.publish(folder / kind)
+    written[kind] = folder / kind
     if mixtures is not None:
-        trainer.publish(folder / "adapter")
         plot_mixtures(*mixtures, clusters).savefig(folder / "mixtures.png", dpi=DPI)
         rows = zip(mixtures[0], mixtures[1].tolist(), strict=True)
         known = (lambda client: {"cluster": clusters[client]}) if clusters is not None else (lambda client: {})
         write_lines(folder / MIXTURES, ({"client": one, **known(one), "mixture": row} for one, row in rows))
         index = clusters_found(*mixtures, clusters)
-        written |= {"adapter": folder / "adapter", "mixtures": folder / "mixtures.png"}
-    else:
-        trainer.publish(folder / "model")
-        written["model"] = folder / "model"
+        written["mixtures"] = folder / "mixtures.png"
     base = settings.task.model_for(get_method("fedavg"), settings.adaptors, trainer.args.seed)
     result = {
         "label": label,

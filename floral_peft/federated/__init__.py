@@ -13,9 +13,11 @@ from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.segments import StoreError
 from floral_peft.federated.server import ServerState
 from floral_peft.federated.trainer import FederatedTrainer
+from floral_peft.federated.turn import Arrival, Turn
 
 
 __all__ = [
+    "Arrival",
     "CheckpointError",
     "ClientId",
     "ClientUpdate",
@@ -32,6 +34,7 @@ __all__ = [
     "ServerState",
     "StoreError",
     "TooFewClientsError",
+    "Turn",
     "UpdateError",
     "get_method",
     "method_names",

@@ -235,9 +235,12 @@ def _along(weights: Tensor | None, cluster: Clustered, like: Tensor | ExactSum) 
     """Weights (L, C) of one slot, shaped to scale the slices of a tensor along its axis of length C."""
     if weights is None:
         raise ValueError("a clustered tensor needs the usage of the adaptors.")
+    of_slot = weights[cluster.slot].to(like.device)
+    if cluster.adaptor is not None:
+        return of_slot[cluster.adaptor]
     shape = [1] * len(like.shape)
     shape[cluster.axis] = -1
-    return weights[cluster.slot].to(like.device).view(shape)
+    return of_slot.view(shape)
 
 
 def keep_unused(

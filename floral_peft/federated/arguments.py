@@ -86,6 +86,10 @@ class FederatedArguments:
             "π_c ∝ π_c exp(−η f_c) with η = router_learning_rate. Adaptors must not start equal (init_std)."
         },
     )
+    proximal_weight: float = field(
+        default=0.1,
+        metadata={"help": "How strongly fedprox (μ) and ditto (λ) pull clients' parameters to the server's."},
+    )
     alternating: bool = field(
         default=False,
         metadata={"help": "Train what is private first (the router), then the rest, each for the local epochs."},
@@ -150,7 +154,8 @@ class FederatedArguments:
         self._check_count("seed", least=0)
         self._check_number("learning_rate")
         self._check_number("server_learning_rate", above_zero=True)
-        self._check_number("weight_decay")
+        for name in ("weight_decay", "proximal_weight"):
+            self._check_number(name)
         for name in ("adaptor_learning_rate", "router_learning_rate"):
             self._check_number(name, optional=True)
         for name in ("max_grad_norm", "max_update_norm"):

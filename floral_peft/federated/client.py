@@ -17,7 +17,7 @@ from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator, Examples
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups
-from floral_peft.federated.local_steps import local_batches, norms_frozen, optimizer_groups, training_phases
+from floral_peft.federated.local_steps import Pull, local_batches, norms_frozen, optimizer_groups, training_phases
 from floral_peft.federated.plain_sgd import PlainSGD
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
@@ -94,7 +94,7 @@ class LocalTraining:
         # The last phase's loss is that of the model that is sent.
         for phase in training_phases(trainable, self._groups, self._args.alternating):
             with _only_training(parameters, phase):
-                loss = self._run_steps({name: parameters[name] for name in phase}, examples, order)
+                loss = self._run_steps({name: parameters[name] for name in phase}, examples, order, state)
         deltas, trained = self._visitor.result(state)
         update = ClientUpdate(
             client_id=client_id,
@@ -106,7 +106,9 @@ class LocalTraining:
         )
         return update, trained
 
-    def _run_steps(self, parameters: dict[str, nn.Parameter], examples: Examples, order: torch.Generator) -> float:
+    def _run_steps(
+        self, parameters: dict[str, nn.Parameter], examples: Examples, order: torch.Generator, state: ServerState
+    ) -> float:
         """Train parameters for the local epochs or steps. Returns the mean loss of an example."""
         args, accelerator = self._args, self._accelerator
         groups = optimizer_groups(parameters, self._groups, args)
@@ -114,6 +116,8 @@ class LocalTraining:
         optimizer: Any = PlainSGD(groups) if plain else args.build_optimizer(groups)
         scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=_INITIAL_LOSS_SCALE) if args.fp16 else None
         factors = factor_pairs(self._model) if args.precondition else []
+        pull = Pull(parameters, self._groups.anchors, state.tensors, args.proximal_weight)
+        pulled = [parameters[name] for name in pull.names]
         total = torch.zeros((), device=accelerator.device)
         seen = 0
         for size, batch in examples.batches(local_batches(len(examples), args, order)):
@@ -122,6 +126,8 @@ class LocalTraining:
             (loss if scaler is None else scaler.scale(loss)).backward()
             if scaler is not None:
                 scaler.unscale_(optimizer)
+            if pulled:
+                pull([_gradient(parameter) for parameter in pulled], pulled)
             if factors:
                 precondition_gradients(factors)
             if args.max_grad_norm is not None:
@@ -147,6 +153,13 @@ class LocalTraining:
             return None
         mixture = self._model.mixture()
         return mixture.double().cpu().reshape(-1, mixture.shape[-1]) * num_examples
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient; zero where the batch did not use it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 @contextmanager

@@ -72,9 +72,20 @@ class Forward:
         Raises:
             ValueError: The batch lacks the labels or a column that the model needs, or there is no loss for it.
         """
-        labels = self._labels(batch)
+        labels = self.labels(batch)
+        return self.predict(self.outputs(batch), labels)
+
+    def outputs(self, batch: Batch) -> Any:
+        """What the model returns for a batch."""
         args, kwargs = self._inputs(batch)
-        outputs = self._model(*args, **kwargs)
+        return self._model(*args, **kwargs)
+
+    def predict(self, outputs: Any, labels: Tensor) -> Prediction:
+        """What a model's outputs say, given the labels.
+
+        Raises:
+            ValueError: There is no loss for them.
+        """
         if self._returns_loss:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
             if not isinstance(loss, Tensor):
@@ -95,7 +106,12 @@ class Forward:
             )
         return Prediction(nn.functional.cross_entropy(logits, labels), logits, labels)
 
-    def _labels(self, batch: Batch) -> Tensor:
+    def labels(self, batch: Batch) -> Tensor:
+        """The batch's labels.
+
+        Raises:
+            ValueError: It has none.
+        """
         labels = batch.get(LABELS)
         if not isinstance(labels, Tensor):
             if labels is not None:
@@ -128,12 +144,12 @@ class Forward:
         return (), named
 
 
-def _innermost(model: nn.Module) -> nn.Module:
-    """The model under PEFT's and torch.compile's wrappers, whose `forward` names its arguments."""
+def _innermost(model: Any) -> nn.Module:
+    """The model under torch.compile's, PEFT's and like wrappers, whose `forward` names its arguments."""
     while True:
         if is_compiled_module(model):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, PeftModel):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
             return model

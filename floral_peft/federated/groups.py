@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clustered:
-    """A tensor that holds one slice per adaptor; slice c is averaged with the weights p(k|c).
+    """A tensor that holds one slice per adaptor, or belongs to one adaptor; slice c is averaged with weights p(k|c).
 
     Args:
         axis: The axis of length C.
         slot: Which row of the router weighs the slices, 0 unless every layer has a router of its own.
+        adaptor: The number c of the adaptor to which the whole tensor belongs: it has no axis of length C then.
     """
 
-    axis: int
+    axis: int = 0
     slot: int = 0
+    adaptor: int | None = None
 
 
 #: What a method says of one tensor.
@@ -38,10 +40,11 @@ class ParameterGroups:
 
     Args:
         shared: Parameters that all clients train together, averaged with p(k).
-        statistics: Buffers averaged with p(k), never touched by a server optimiser: batch norm's running statistics.
-        clustered: Parameters with a slice per adaptor, averaged slice by slice with p(k|c).
+        statistics: Buffers that are averaged but never touched by a server optimiser: batch norm's running statistics.
+        clustered: Tensors with a slice per adaptor, averaged slice by slice with p(k|c).
         private: Parameters, and statistics of its data, that never leave their client.
         roles: What each parameter is in the model (base, adaptor, router, ...).
+        anchors: Parameter → the public tensor towards which local steps pull it, where the method says so.
     """
 
     shared: tuple[str, ...]
@@ -49,15 +52,25 @@ class ParameterGroups:
     clustered: Mapping[str, Clustered]
     private: tuple[str, ...]
     roles: Mapping[str, Role]
+    anchors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def public(self) -> tuple[str, ...]:
         """The allow-list: names of the tensors that clients send and the server keeps."""
-        return (*self.shared, *self.statistics, *self.clustered)
+        return tuple(dict.fromkeys((*self.shared, *self.statistics, *self.clustered)))
+
+    @property
+    def optimized(self) -> tuple[str, ...]:
+        """The public parameters, which a server optimiser moves."""
+        statistics = set(self.statistics)
+        return (*self.shared, *(name for name in self.clustered if name not in statistics))
 
     @classmethod
     def of(cls, model: nn.Module, method: Method) -> ParameterGroups:
-        """Ask a method about every trainable parameter of a model; a router belongs to its client in any case.
+        """Ask a method about everything that trains in a model; a router belongs to its client in any case.
+
+        Running statistics describe what the base computes: where it trains, the method is asked about them as about a
+        part of it.
 
         Raises:
             ValueError: The method does not fit the model, or the model has nothing to train.
@@ -70,15 +83,18 @@ class ParameterGroups:
                 groups[name] = method.group(name, roles[name])
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has nothing to train: none of its parameters requires a gradient.")
-        # Running statistics follow the base: they describe what it computes.
         private = private_buffers(model)
-        base = [group for name, group in groups.items() if roles[name].kind == "base"]
+        trains = any(roles[name].kind == "base" for name in groups)
+        base = Role("base")
+        statistics = {n: method.group(n, base) for n in (_float_buffers(model, roles, private) if trains else ())}
+        everything = groups | statistics
         return cls(
             shared=tuple(name for name, group in groups.items() if group == "shared"),
-            statistics=_float_buffers(model, roles, private) if "shared" in base else (),
-            clustered={name: group for name, group in groups.items() if isinstance(group, Clustered)},
-            private=(*(name for name, group in groups.items() if group == "private"), *private),
+            statistics=tuple(name for name, group in statistics.items() if group != "private"),
+            clustered={name: group for name, group in everything.items() if isinstance(group, Clustered)},
+            private=(*(name for name, group in everything.items() if group == "private"), *private),
             roles={name: roles[name] for name in groups},
+            anchors={name: anchor for name in groups if (anchor := method.anchor(name)) is not None},
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any
@@ -45,6 +45,40 @@ def optimizer_groups(
             # Always said: an optimiser may have a decay of its own, as AdamW has.
             found.append({"params": held, "lr": rate, "weight_decay": 0.0 if kind == "router" else args.weight_decay})
     return found
+
+
+class Pull:
+    """Adds the gradient of λ/2 ‖w − anchor‖² to parameters that have an anchor.
+
+    Args:
+        parameters: Those that train. Stacked over clients, they have one dimension more than the anchors.
+        anchors: Parameter → the name of its anchor.
+        tensors: The server's tensors.
+        weight: λ.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        anchors: Mapping[str, str],
+        tensors: Mapping[str, Tensor],
+        weight: float,
+    ) -> None:
+        pulled = [name for name in parameters if name in anchors]
+        self.names = pulled if weight else []
+        self._anchors = [tensors[anchors[name]].to(parameters[name]) for name in self.names]
+        self._weight = weight
+
+    @torch.no_grad()
+    def __call__(self, gradients: list[Tensor], values: Sequence[Tensor]) -> None:
+        """Change gradients in place.
+
+        Args:
+            gradients: Of the parameters `names`, in their order.
+            values: These parameters.
+        """
+        if self.names:
+            torch._foreach_add_(gradients, torch._foreach_sub(list(values), self._anchors), alpha=self._weight)
 
 
 def local_batches(num_examples: int, args: FederatedArguments, order: torch.Generator) -> Iterator[Tensor]:

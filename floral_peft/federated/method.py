@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from typing import ClassVar
 
 from torch import nn
 
+from floral_peft.federated.arguments import FederatedArguments
+from floral_peft.federated.forward import Forward, LossFunction
 from floral_peft.federated.groups import Group
+from floral_peft.federated.turn import Arrival, Turn, relearn
 from floral_peft.tuner import FloralConfig, Role
 
 
@@ -24,6 +28,10 @@ class Method(ABC):
         def group(self, name, role):
             return "private" if name.startswith("head.") else "shared"
     ```
+
+    That is a whole method. What else methods differ in has a default that costs nothing: the model that is trained
+    (`prepare`, `check`), the loss and the outputs (`forward`), a pull towards the server's tensors (`anchor`), what a
+    client does before its local steps (`arrival`) and before it is evaluated (`evaluated`).
     """
 
     name: ClassVar[str]
@@ -33,11 +41,12 @@ class Method(ABC):
         """The group of one trainable parameter (or router).
 
         Args:
-            name: The parameter's name in `model.named_parameters()`.
+            name: The parameter's name in `model.named_parameters()`; or, with the base's role, a running statistic's
+                in `model.named_buffers()`.
             role: What it is in the model.
 
         Returns:
-            "shared", "private", or [`Clustered`] for a tensor with a slice per adaptor.
+            "shared", "private", or [`Clustered`] for what is averaged adaptor by adaptor.
         """
 
     def prepare(self, model: nn.Module, adaptors: FloralConfig) -> nn.Module:
@@ -58,6 +67,49 @@ class Method(ABC):
         Raises:
             ValueError: The model lacks what the method needs; the message says what to do.
         """
+
+    def forward(self, model: nn.Module, loss_fn: LossFunction | None) -> Forward:
+        """What calls the model on a batch: its loss is what local steps minimise, its outputs are evaluated.
+
+        Args:
+            model: The model.
+            loss_fn: The loss that the user gave, if any.
+        """
+        return Forward(model, loss_fn)
+
+    def anchor(self, name: str) -> str | None:
+        """The public tensor towards which local steps pull a parameter: λ/2 ‖w − anchor‖² is added to its loss.
+
+        λ is `proximal_weight`, and the anchor what the server sent. The losses that are told are without it.
+
+        Args:
+            name: The parameter.
+
+        Returns:
+            The tensor's name; None: the parameter is not pulled.
+        """
+        return None
+
+    def arrival(self, args: FederatedArguments) -> Arrival | None:
+        """What a client does with its examples before its local steps, and before it is evaluated.
+
+        It finds the client's private tensors; where there is an arrival, local steps leave the router alone.
+
+        Args:
+            args: The run's settings.
+
+        Returns:
+            A function of the client's [`Turn`]; None: nothing, the client goes on with what it kept.
+        """
+        return relearn if args.stateless else None
+
+    def evaluated(self, turn: Turn) -> AbstractContextManager[None]:
+        """Within, the model, which holds a client's tensors, is what is evaluated on its test examples.
+
+        Args:
+            turn: The client's turn.
+        """
+        return nullcontext()
 
 
 _METHODS: dict[str, type[Method]] = {}

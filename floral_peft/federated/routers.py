@@ -44,21 +44,21 @@ class Routers:
         model: The model.
         name: The name of the table among the model's parameters.
         fixed: Client id → the cluster at which its router is held one-hot (optimal routing); None: they are learned.
-        stateless: Routers are relearned at each visit; local steps leave them alone.
+        given: Routers are found on the client's arrival; local steps leave them alone.
 
     Raises:
         ValueError: A cluster has no adaptor.
     """
 
     def __init__(
-        self, model: Any, name: str, fixed: Mapping[ClientId, int] | None = None, stateless: bool = False
+        self, model: Any, name: str, fixed: Mapping[ClientId, int] | None = None, given: bool = False
     ) -> None:
         self._model = model
         self.name = name
         self.shape = self._table().shape[1:]
         self._trains = self._table().requires_grad
         self._fixed = fixed
-        self._steps = self._trains and fixed is None and not stateless  # whether local steps train them
+        self._steps = self._trains and fixed is None and not given  # whether local steps train them
         self._start = _Rows(range(0), torch.zeros(0, *self.shape))
         for client_id, cluster in (fixed or {}).items():
             if cluster >= self.shape[-1]:
@@ -74,6 +74,7 @@ class Routers:
         clusters: Mapping[ClientId, int] | None,
         optimal_routing: bool = False,
         stateless: bool = False,
+        given: bool = False,
     ) -> Routers | None:
         """The routers of a model; None for a model without any.
 
@@ -81,7 +82,8 @@ class Routers:
             model: The model.
             clusters: The clients' true clusters, where they are known.
             optimal_routing: Whether to fix each router one-hot at its client's true cluster.
-            stateless: Whether routers are relearned at each visit.
+            stateless: Whether clients keep no router.
+            given: Whether something else than local steps finds the routers.
 
         Raises:
             ValueError: The model has several active adapters, or one of the two is asked for where it cannot be.
@@ -96,7 +98,7 @@ class Routers:
             return None
         if optimal_routing and clusters is None:
             raise ValueError("optimal_routing=True needs the true clusters: FederatedDataset(..., clusters={...}).")
-        return cls(model, names[0], clusters if optimal_routing else None, stateless)
+        return cls(model, names[0], clusters if optimal_routing else None, given)
 
     def remember(self) -> None:
         """Take the routers that the model holds as those with which their clients start, unless they are fixed.
@@ -196,6 +198,15 @@ class Routers:
     def pure(self) -> Tensor:
         """For each adaptor the router that uses it alone, (C, 1, L, C)."""
         return self._one_hot(range(self.shape[-1])).unsqueeze(1)
+
+    def mixture_of(self, logits: Tensor) -> Tensor:
+        """π of a router (1, 1, C), shape (C,)."""
+        return torch.softmax(logits[0, 0] / self._model.active_peft_config.router_temperature, dim=-1)
+
+    def of_mixture(self, mixture: Tensor) -> Tensor:
+        """The router (1, L, C) whose π is a mixture (C,)."""
+        logits = mixture.log().clamp(min=_NEVER) * self._model.active_peft_config.router_temperature
+        return logits.to("cpu", torch.float32).expand(1, *self.shape).clone()
 
     def less(self, logits: Tensor, losses: Tensor) -> Tensor:
         """The logits of π̂_c ∝ π_c exp(−loss_c).

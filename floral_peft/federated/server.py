@@ -94,7 +94,7 @@ def server_step(state: ServerState, aggregate: Aggregate, settings: ServerSettin
     """
     groups = settings.groups
     tensors = {name: value.clone() for name, value in state.tensors.items()}
-    names = [*groups.shared, *groups.clustered]
+    names = groups.optimized
     for name in names:
         tensors[name].grad = -aggregate.deltas[name].to(tensors[name])
     for name in groups.statistics:

@@ -20,7 +20,7 @@ from floral_peft.federated.draws import ClientGenerators
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.lanes import Lane, Pack, chosen_rows, next_group, pack, stacked_batch
-from floral_peft.federated.local_steps import local_batches, norms_frozen, optimizer_groups, training_phases
+from floral_peft.federated.local_steps import Pull, local_batches, norms_frozen, optimizer_groups, training_phases
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.seeding import ClientId, derive_seed
 from floral_peft.federated.server import PrivateState, ServerState
@@ -134,7 +134,7 @@ class SideBySide:
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         packed = pack(lanes, self._accelerator.device)
         for phase in training_phases(trainable, self._groups, self._args.alternating):
-            losses = self._run_phase(phase, lanes, packed, stacked)
+            losses = self._run_phase(phase, lanes, packed, stacked, state)
         return self._results([client_ids[lane.position] for lane in lanes], lanes, stacked, losses, state)
 
     def _enter(
@@ -162,7 +162,7 @@ class SideBySide:
         return StackedModel(self._model, self._forward, self._accelerator, tensors)
 
     def _run_phase(
-        self, phase: list[str], lanes: Sequence[Lane], packed: Pack | None, stacked: StackedModel
+        self, phase: list[str], lanes: Sequence[Lane], packed: Pack | None, stacked: StackedModel, state: ServerState
     ) -> Tensor:
         """Train these parameters for the local epochs or steps. Returns each row's mean loss of an example."""
         args = self._args
@@ -170,6 +170,7 @@ class SideBySide:
         optimizer = StackedOptimizer(args.build_optimizer(optimizer_groups(trained, self._groups, args)), len(lanes))
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._model.named_parameters()}
         factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if args.precondition else []
+        pull = Pull(trained, self._groups.anchors, state.tensors, args.proximal_weight)
         totals = torch.zeros(len(lanes), device=self._accelerator.device)
         for lane in lanes:
             lane.begin(local_batches(lane.num_examples, args, lane.order), args.per_device_train_batch_size)
@@ -180,6 +181,7 @@ class SideBySide:
                     gradients, losses = stacked.gradients(
                         phase, chosen, stacked_batch(group, packed), [lane.generators.device for lane in group]
                     )
+                pull([gradients[name] for name in pull.names], [trained[name][chosen] for name in pull.names])
                 if any(a in gradients or b in gradients for a, b in factors):
                     part = {name: stacked.tensors[name][chosen] for pair in factors for name in pair}
                     precondition_stacked(factors, part, gradients)

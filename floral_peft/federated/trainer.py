@@ -28,7 +28,7 @@ from floral_peft.federated.cohort import CohortTraining
 from floral_peft.federated.cohort_choice import Parts, build_training, choose_kind
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, evaluate_clients, summarize
-from floral_peft.federated.forward import Forward, LossFunction
+from floral_peft.federated.forward import LossFunction
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.identity import Identity, differing, identity
 from floral_peft.federated.lock import locked
@@ -42,9 +42,9 @@ from floral_peft.federated.routers import Routers
 from floral_peft.federated.run_folder import RunFolder
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
-from floral_peft.federated.stateless import Relearning
 from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
+from floral_peft.federated.turn import Turn, Workplace
 from floral_peft.federated.visitor import Visitor, modes_kept
 from floral_peft.federated.visits import Private, Visits
 
@@ -114,20 +114,20 @@ class FederatedTrainer:
         self.processes.copy_from_main(tensors_of(model).values())
         self._collator: Collator = data_collator or default_data_collator
         self._compute_metrics = compute_metrics
-        self._forward = Forward(model, loss_fn)
         self._groups = ParameterGroups.of(model, self.method)
-        self._routers = Routers.of(model, dataset.clusters, args.optimal_routing, args.stateless)
+        self._forward = self.method.forward(model, loss_fn)
+        self._arrival = self.method.arrival(args)
+        given = self._arrival is not None
+        self._routers = Routers.of(model, dataset.clusters, args.optimal_routing, args.stateless, given)
         self._visitor = Visitor(model, self._groups)
         self._untrained = self._visitor.private()
         if self._routers is not None:
             self._routers.remember()
             self._untrained[self._routers.name] = torch.zeros(1, *self._routers.shape)
         self._visits = Visits(self.processes, dataset)
-        self._relearning: Relearning | None = None
-        if self._routers is not None and args.stateless:
-            self._relearning = Relearning(
-                model, self._visitor, self._forward, self._routers, args, self.accelerator, self._collator
-            )
+        self._place = Workplace(
+            model, self._visitor, self._forward, self._groups, args, self.accelerator, self._collator
+        )
         self._settings = ServerSettings(
             groups=self._groups,
             routers=self._routers.shape if self._routers and self._groups.clustered else None,
@@ -280,16 +280,19 @@ class FederatedTrainer:
         """None for a client without examples for evaluation."""
         if not self.dataset.num_examples(client_id, "test"):
             return None
-        self._visitor.load(self._relearned(client_id, private))
-        return evaluate_client(
-            self.model,
-            self._forward,
-            self.dataset[client_id]["test"],
-            self._collator,
-            self.args.per_device_eval_batch_size,
-            self.accelerator,
-            self._compute_metrics,
-        )
+        turn = self._turn(client_id, private)
+        turn.private = self._arrived(turn)
+        self._visitor.load(turn.private)
+        with self.method.evaluated(turn):
+            return evaluate_client(
+                self.model,
+                self._forward,
+                self.dataset[client_id]["test"],
+                self._collator,
+                self.args.per_device_eval_batch_size,
+                self.accelerator,
+                self._compute_metrics,
+            )
 
     def _train_rounds(self, server: ServerState) -> list[RoundReport]:
         reports: list[RoundReport] = []
@@ -335,7 +338,7 @@ class FederatedTrainer:
             clock.lap("train")
             try:
                 examples, own = self.dataset[client_id]["train"], private[client_id]()
-                return examples, self._relearned(client_id, own, state)
+                return examples, self._arrived(self._turn(client_id, own, state))
             finally:
                 clock.lap("load")
 
@@ -348,15 +351,7 @@ class FederatedTrainer:
 
     def _cohort_training(self, server: ServerState) -> CohortTraining:
         """The training that `args.cohort` asks for; the main process measures, where it is to be measured."""
-        parts: Parts = {
-            "model": self.model,
-            "visitor": self._visitor,
-            "forward": self._forward,
-            "groups": self._groups,
-            "args": self.args,
-            "accelerator": self.accelerator,
-            "collator": self._collator,
-        }
+        parts: Parts = self._place._asdict()
 
         def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
             return self.dataset[client_id]["train"], self._private(client_id)
@@ -407,23 +402,31 @@ class FederatedTrainer:
         if not self.args.stateless:
             self._store.put(client_id, round, private)
 
-    def _relearned(self, client_id: ClientId, private: PrivateState, state: ServerState | None = None) -> PrivateState:
-        """A client's private tensors; those of one that keeps nothing with its router relearned."""
-        if self._relearning is None:
-            return private
-        return self._relearning(client_id, self.dataset[client_id]["train"], private, self._round, state)
+    def _turn(self, client_id: ClientId, private: PrivateState, state: ServerState | None = None) -> Turn:
+        """A client at the model; without the server's state, the model holds it already."""
+        dataset = self.dataset[client_id]["train"]
+        return Turn(self._place, self._routers, client_id, dataset, private, self._round, state)
+
+    def _arrived(self, turn: Turn) -> PrivateState:
+        """The private tensors with which a client goes to work."""
+        return turn.private if self._arrival is None else self._arrival(turn)
 
     def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
-        """The routers, (1, L, C), of the clients that have trained; of all clients where they are relearned."""
-        if self._relearning is not None:
-            visits = self._visits(self.dataset, self._private, split="train")
-            found = [(k, {name: self._relearned(k, private())[name]}) for k, private in visits]
-            kept = [item for part in self.processes.gather(pack_states(found)) for item in unpack_states(part)]
-        else:
-            stored = ((client_id, self._store.get(client_id)) for client_id in self._store.clients())
-            kept = [(client_id, {name: state[name]}) for client_id, state in stored if state is not None]
-        known = kept if self.processes.count == 1 else unpack_states(self.processes.broadcast(pack_states(kept)))
-        return {client_id: state[name] for client_id, state in known}
+        """The routers, (1, L, C), that clients have kept; where they are found on arrival, those of all clients."""
+        if self._arrival is None:
+            return self._kept_routers(name)
+        visits = self._visits(self.dataset, self._private, split="train")
+        found = [(k, {name: self._arrived(self._turn(k, private()))[name]}) for k, private in visits]
+        return self._told([item for part in self.processes.gather(pack_states(found)) for item in unpack_states(part)])
+
+    def _kept_routers(self, name: str) -> dict[ClientId, Tensor]:
+        stored = ((client_id, self._store.get(client_id)) for client_id in self._store.clients())
+        return self._told([(client_id, {name: state[name]}) for client_id, state in stored if state is not None])
+
+    def _told(self, mains: list[tuple[ClientId, PrivateState]]) -> dict[ClientId, Tensor]:
+        """What the main process has found for clients, a tensor each, in every process."""
+        known = mains if self.processes.count == 1 else unpack_states(self.processes.broadcast(pack_states(mains)))
+        return {client_id: value for client_id, state in known for value in state.values()}
 
     @contextmanager
     def _visit(self) -> Iterator[None]:
@@ -466,8 +469,8 @@ class FederatedTrainer:
 
     def _install_routers(self) -> None:
         """Put the clients' routers into the model's table, in every process. Clients that keep nothing have none."""
-        if self._routers is not None and self._relearning is None:
-            self._routers.install(self.dataset.ids, self._trained_routers(self._routers.name))
+        if self._routers is not None and not self.args.stateless:
+            self._routers.install(self.dataset.ids, self._kept_routers(self._routers.name))
 
     def _save(self, server: ServerState) -> None:
         if self.state.best_global_step == server.round:

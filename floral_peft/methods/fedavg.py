@@ -10,7 +10,7 @@ from floral_peft.tuner import Role
 
 @register_method
 class FedAvg(Method):
-    """FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629): whatever trains is averaged with p(k).
+    """FedAvg (McMahan et al., AISTATS 2017, arXiv 1602.05629, algorithm 1): whatever trains is averaged with p(k).
 
     Takes any `nn.Module`, PEFT's models included (federated LoRA).
     """
@@ -18,11 +18,11 @@ class FedAvg(Method):
     name = "fedavg"
 
     def check(self, roles: Mapping[str, Role]) -> None:
-        """Refuse a model with a router: averaging it would carry it through the server."""
+        """Refuse a model with a router: whoever has one model has nothing to route."""
         if any(role.kind == "router" for role in roles.values()):
             raise ValueError(
-                'method "fedavg" trains one model for all clients, but this model has a FLORAL router: '
-                'use method="floral", or give fedavg the base model.'
+                f'method "{self.name}" trains one model for all clients, or for each, but this model has a FLORAL '
+                f'router: use method="floral", or give {self.name} the base model.'
             )
 
     def group(self, name: str, role: Role) -> Group:

@@ -30,7 +30,7 @@ class Floral(Method):
         """Refuse a model without a router."""
         if not any(role.kind == "router" for role in roles.values()):
             raise ValueError(
-                'method "floral" needs a model with FLORAL adaptors: get_peft_model(model, FloralConfig(...)).'
+                f'method "{self.name}" needs a model with FLORAL adaptors: get_peft_model(model, FloralConfig(...)).'
             )
 
     def group(self, name: str, role: Role) -> Group:

@@ -12,7 +12,7 @@ from torch import nn
 
 import floral_peft.methods  # noqa: F401  (registers the methods)
 from floral_peft import FloralConfig
-from floral_peft.federated import FederatedArguments, FederatedDataset, FederatedTrainer
+from floral_peft.federated import FederatedArguments, FederatedDataset, FederatedTrainer, get_method
 
 
 def examples(num_examples: int, seed: int = 0, cluster: int = 0, num_features: int = 4, classes: int = 3) -> Dataset:
@@ -51,6 +51,13 @@ def floral_net(base: nn.Module | None = None, **config: Any) -> Any:
     return peft.get_peft_model(model, FloralConfig(**settings))
 
 
+def model_for(method: str, base: nn.Module | None = None) -> Any:
+    """A small model that the method can train."""
+    adaptors = FloralConfig(num_adaptors=2, r=2, target_modules=["0", "2"], train_base=True)
+    torch.manual_seed(1)
+    return get_method(method).prepare(base or net(), adaptors)
+
+
 def arguments(folder: Path, **settings: Any) -> FederatedArguments:
     defaults: dict[str, Any] = {
         "rounds": 2,
@@ -65,7 +72,7 @@ def arguments(folder: Path, **settings: Any) -> FederatedArguments:
 def trainer(folder: Path, method: str = "floral", model: Any = None, dataset: Any = None, **settings: Any) -> Any:
     keywords = ("data_collator", "compute_metrics", "callbacks", "loss_fn")
     given = {name: settings.pop(name) for name in keywords if name in settings}
-    model = model if model is not None else floral_net() if method == "floral" else net()
+    model = model if model is not None else model_for(method)
     return FederatedTrainer(model, arguments(folder, **settings), dataset or population(), method=method, **given)
 
 

@@ -17,6 +17,8 @@ from floral_peft.federated import FederatedDataset, ServerState
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.cohort import InTurn
 from floral_peft.federated.side_by_side import SideBySide
+from floral_peft.methods import Twin
+from floral_peft.tuner import Ensemble
 
 from .clients import examples, floral_net, net, population, trainer
 
@@ -115,6 +117,12 @@ MODELS: dict[str, Any] = {
     ),
     "router of each layer": lambda: ("floral", floral_net(router_per_layer=True, router_top_k=1), None),
     "fedavg": lambda: ("fedavg", net(norm=True), None),
+    "fedprox": lambda: ("fedprox", net(), None),
+    "local models": lambda: ("local_only", net(norm=True), None),
+    "local adaptors": lambda: ("local_adaptor", floral_net(num_adaptors=1, init_std=0.3), None),
+    "a common and a personal model": lambda: ("ditto", Twin(net(norm=True)), None),
+    "full models": lambda: ("ensemble", Ensemble([net(norm=True), net(norm=True, seed=1)]), None),
+    "mixture of full models": lambda: ("fedem", Ensemble([net(norm=True), net(norm=True, seed=1)]), None),
     "convolutions": lambda: (
         "floral",
         floral_net(conv_net(norm=True), target_modules=["0", "4", "6"]),

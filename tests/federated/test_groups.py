@@ -88,8 +88,8 @@ def test_a_method_makes_its_model_of_a_base_model() -> None:
 
 
 def test_an_unknown_method_names_the_nearest() -> None:
-    assert method_names() == ["fedavg", "floral"]
-    with pytest.raises(ValueError, match=r'method="florall" must be one of fedavg, floral\. Did you mean "floral"'):
+    assert {"fedavg", "floral"} <= set(method_names())
+    with pytest.raises(ValueError, match=r'method="florall" must be one of .*, floral, .* Did you mean "floral"'):
         get_method("florall")
     with pytest.raises(TypeError, match="method must be a name or a Method instance, got None"):
         get_method(None)  # type: ignore[arg-type]

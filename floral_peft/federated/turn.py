@@ -1,0 +1,175 @@
+"""A client's turn with the model outside its local steps: what a method may do before it trains or is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+
+from floral_peft.federated.arguments import FederatedArguments
+from floral_peft.federated.batches import Batch, Collator, Examples, ordered_batches
+from floral_peft.federated.client import LocalTraining
+from floral_peft.federated.forward import Forward
+from floral_peft.federated.groups import ParameterGroups
+from floral_peft.federated.routers import Routers
+from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
+from floral_peft.federated.server import PrivateState, ServerState
+from floral_peft.federated.visitor import Visitor
+
+
+class Workplace(NamedTuple):
+    """What local training takes.
+
+    Args:
+        model: The model, on the accelerator's device.
+        visitor: Sets the model's tensors.
+        forward: Calls the model on a batch.
+        groups: Which of its tensors are shared, clustered, private.
+        args: The run's settings.
+        accelerator: Device and autocast.
+        collator: Makes a batch from examples.
+    """
+
+    model: nn.Module
+    visitor: Visitor
+    forward: Forward
+    groups: ParameterGroups
+    args: FederatedArguments
+    accelerator: Accelerator
+    collator: Collator
+
+
+class Turn:
+    """One client's turn with the model.
+
+    Args:
+        place: The model and what belongs to it.
+        routers: The model's routers, if it has any.
+        client_id: The client.
+        dataset: Its training examples.
+        private: Its private tensors.
+        round: The rounds done.
+        state: The server's state; None where the model holds it already.
+    """
+
+    def __init__(
+        self,
+        place: Workplace,
+        routers: Routers | None,
+        client_id: ClientId,
+        dataset: Dataset,
+        private: PrivateState,
+        round: int,
+        state: ServerState | None = None,
+    ) -> None:
+        self._place = place
+        self._routers = routers
+        self._client_id = client_id
+        self._dataset = dataset
+        self._round = round
+        self._state = state
+        self.private = private
+        self.num_examples = len(dataset)
+
+    @property
+    def args(self) -> FederatedArguments:
+        """The run's settings."""
+        return self._place.args
+
+    @property
+    def forward(self) -> Any:
+        """Calls the model on a batch: what the method's own `forward` returned."""
+        return self._place.forward
+
+    @property
+    def routers(self) -> Routers:
+        """The model's routers.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if self._routers is None:
+            raise ValueError("the model has no router.")
+        return self._routers
+
+    def with_logits(self, logits: Tensor) -> PrivateState:
+        """The client's private tensors, but with another router.
+
+        Args:
+            logits: Shape (1, L, C).
+        """
+        return {**self.private, self.routers.name: logits}
+
+    @torch.no_grad()
+    def total(self, function: Callable[[Batch, int], Tensor]) -> Tensor:
+        """The sum of a function over batches of the client's training examples, at least one, in order.
+
+        Meanwhile the model holds the client's and the server's tensors, in evaluation mode.
+
+        Args:
+            function: (batch, its number of examples) → a tensor.
+        """
+        place, args = self._place, self._place.args
+        device = place.accelerator.device
+        # A dataset's transform may draw from the global generators.
+        seed_generators(derive_seed(args.seed, "relearn", self._round, self._client_id), device)
+        place.visitor.load(self.private, self._state)
+        place.model.eval()
+        examples = Examples(self._dataset, place.collator, device)
+        terms = []
+        for rows in ordered_batches(len(examples), args.per_device_eval_batch_size):
+            batch = examples.batch(rows)
+            with place.accelerator.autocast():
+                terms.append(function(batch, len(rows)))
+        return torch.stack(terms).sum(dim=0)
+
+    def pure_losses(self) -> Tensor:
+        """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,)."""
+        pure = self.routers.pure()
+
+        def losses(batch: Batch, count: int) -> Tensor:
+            found = torch.zeros(len(pure))
+            for adaptor, router in enumerate(pure):
+                self._place.visitor.load({self.routers.name: router})
+                found[adaptor] = float(self.forward(batch).loss) * count
+            return found
+
+        return self.total(losses) / self.num_examples
+
+    @contextmanager
+    def trained(self) -> Iterator[None]:
+        """Within, the model is the client's after local training as in a round; afterwards it is as it was.
+
+        The model must hold the client's and the server's tensors. A client without examples stays as it is.
+        """
+        place = self._place
+        before = ServerState.of(place.model, place.groups)
+        try:
+            if self.num_examples:
+                LocalTraining(*place)(self._client_id, self._dataset, self.private, before)
+            yield
+        finally:
+            place.visitor.load(self.private, before)
+
+
+#: What a client does before it trains and before it is evaluated: finds its private tensors.
+Arrival = Callable[[Turn], PrivateState]
+
+
+def relearn(turn: Turn) -> PrivateState:
+    """Find a router anew, for clients that keep nothing: π̂_c ∝ π_c exp(−η f_c) (METHOD: 3.4).
+
+    This is one step of exponentiated gradient, where f_c is the loss of the pure model in which every layer uses
+    adaptor c alone, π the mixture with which the client starts, and η the router's learning rate. Without examples
+    the router stays the one to start with.
+    """
+    if not turn.num_examples:
+        return turn.private
+    args, routers = turn.args, turn.routers
+    rate = args.learning_rate if args.router_learning_rate is None else args.router_learning_rate
+    return turn.with_logits(routers.less(turn.private[routers.name], rate * turn.pure_losses()))
