@@ -11,7 +11,7 @@ from typing import Any
 
 from floral_peft.reports.labels import row_title, task_title
 from floral_peft.reports.matrix import Cell, Matrix, Spread
-from floral_peft.reports.paper import Figure
+from floral_peft.reports.paper import Figure, paper_rounds
 
 
 _EMPTY = "–"
@@ -119,6 +119,11 @@ def caption(matrix: Matrix) -> str:
     parts.append("Best and second are marked, rows told the true clusters (π*) left aside.")
     if any(cell.paper for cell in matrix.cells.values()):
         parts.append("Paper: the figures of arXiv 2410.03497.")
+    for task in matrix.tasks:
+        rounds = {run.rounds for cell in matrix.column(task) if cell.paper for run in cell.runs} - {paper_rounds(task)}
+        if rounds:
+            ours = ", ".join(map(str, sorted(rounds)))
+            parts.append(f"{task_title(task)}: rounds {ours} here, {paper_rounds(task)} in the paper.")
     if matrix.unfinished:
         count = len(matrix.unfinished)
         parts.append(f"{count} {'run is' if count == 1 else 'runs are'} not done and not in it.")

@@ -69,6 +69,11 @@ def paper_figure(run: Run, label: str) -> Figure | None:
     return Figure(mean / 100, std / 100)
 
 
+def paper_rounds(task: str) -> int:
+    """How many rounds the paper trains one of its tasks."""
+    return 1500 if task.endswith("-reduced") else 500
+
+
 def paper_order(task: str) -> tuple[int, str]:
     """Sorts tasks: the paper's in its order, then the others by name."""
     return (_TASKS.index(task) if task in _TASKS else len(_TASKS), task)

@@ -73,6 +73,10 @@ def test_the_table_marks_the_best_but_not_those_told_the_truth_and_shows_the_pap
     ]
 
 
+def test_the_caption_tells_where_the_paper_trained_longer(found: Matrix) -> None:
+    assert "MNIST rotate: rounds 20 here, 500 in the paper." in to_markdown(found)
+
+
 def test_latex_escapes_what_it_must(found: Matrix) -> None:
     lines = to_latex(found).splitlines()
     assert lines[2] == r"method & MNIST rotate (\%) & paper & Nobodys task (loss) \\"
