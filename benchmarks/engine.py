@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -279,7 +278,7 @@ def crowd(options: argparse.Namespace) -> None:
         "startup_seconds": trained - sum(clock.seconds),
         "overhead_seconds": statistics.median(beside),
         "round_seconds": statistics.median(clock.seconds),
-        "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "megabytes": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024,  # Linux
     }
     options.out.write_text(json.dumps(figures))
 

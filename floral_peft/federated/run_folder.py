@@ -103,9 +103,9 @@ class RunFolder:
 
     def _check_unused(self) -> None:
         where = f"output_dir={str(self._path)!r} holds"
-        remedy = "choose another output_dir, or give that run up by overwrite_output_dir=True."
+        remedy = "choose another output_dir, or give that run up: overwrite_output_dir=True (--overwrite_output_dir)."
         if checkpoint_rounds(self._path):
-            remedy = f"go on with it by train(resume_from_checkpoint=True), {remedy}"
+            remedy = f"go on with it by train(resume_from_checkpoint=True) (--resume_from_checkpoint true), {remedy}"
             raise ValueError(f"{where} the checkpoints of an earlier run: {remedy}")
         if not self._records.started and (self._records.on_disk() or self._store.holds_any()):
             raise ValueError(f"{where} the records or the clients' state of an earlier run: {remedy}")
