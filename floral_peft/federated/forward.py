@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from floral_peft.federated.batches import Batch
+from floral_peft.tuner import FloralModel
+from floral_peft.tuner.layers.base import has_hooks
 
 
 LossFunction = Callable[[Any, Tensor], Tensor]
@@ -50,10 +52,11 @@ class Forward:
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | None = None) -> None:
-        # A plain PeftModel calls its base model and adds nothing, but takes a while for it.
         self._model = model
-        if type(model) is PeftModel and not model._forward_hooks and not model._forward_pre_hooks:
-            self._model = model.get_base_model()
+        # Around our tuner a plain PeftModel calls the base model and adds nothing, but takes a while for it.
+        self._inside: nn.Module | None = None
+        if type(model) is PeftModel and isinstance(model.base_model, FloralModel):
+            self._inside = model.get_base_model()
         self._loss_fn = loss_fn
         inner = _innermost(model)
         self._who = type(inner).__name__
@@ -78,6 +81,8 @@ class Forward:
     def outputs(self, batch: Batch) -> Any:
         """What the model returns for a batch."""
         args, kwargs = self._inputs(batch)
+        if self._inside is not None and not has_hooks(self._model):
+            return self._inside(*args, **kwargs)
         return self._model(*args, **kwargs)
 
     def predict(self, outputs: Any, labels: Tensor) -> Prediction:

@@ -222,3 +222,14 @@ def test_an_epoch_visits_every_row_once() -> None:
     assert [len(batch) for batch in rows] == [4, 4, 2]
     assert sorted(torch.cat(rows).tolist()) == list(range(10)) != torch.cat(rows).tolist()
     assert torch.cat(list(ordered_batches(10, 4))).tolist() == list(range(10))
+
+
+def test_a_hook_on_the_peft_model_is_called_even_if_it_came_later() -> None:
+    model = floral_net()
+    forward = Forward(model)
+    batch = {"input": POINTS, "labels": LABELS}
+    expected = forward(batch).logits
+    called: list[int] = []
+    model.register_forward_hook(lambda *_: called.append(1))
+    assert torch.equal(forward(batch).logits, expected)
+    assert called == [1]

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from floral_peft import FloralConfig
 from floral_peft.tuner import center_adaptors, precondition_gradients
 
-from .models import get_peft_model
+from .models import get_peft_model, tiny_llama
 from .reference import randomize
 
 
@@ -242,16 +241,7 @@ def test_centering_a_reparametrised_batch_norm_changes_no_output() -> None:
 
 
 def test_centering_refuses_tied_and_merged_weights() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    llama = LlamaForCausalLM(config)
+    llama = tiny_llama(tie_word_embeddings=True)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         tied = adapt(llama, target_modules=["embed_tokens"], train_base=True)
     with pytest.raises(ValueError, match=r"embed_tokens shares its weight with .*lm_head"):
