@@ -3,6 +3,7 @@
 from floral_peft.tuner.centering import center_adaptors
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
+from floral_peft.tuner.export import Exported, export_client
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.model import FloralModel
 from floral_peft.tuner.precondition import factor_pairs, precondition_gradients
@@ -13,12 +14,14 @@ from floral_peft.tuner.router import Router
 
 __all__ = [
     "Ensemble",
+    "Exported",
     "FloralConfig",
     "FloralLayer",
     "FloralModel",
     "Role",
     "Router",
     "center_adaptors",
+    "export_client",
     "factor_pairs",
     "mixed",
     "parameter_roles",

@@ -204,6 +204,11 @@ class FloralLayer(nn.Module, BaseTunerLayer):
                 parameters[name] = parameters[name] + delta.to(parameters[name].dtype)
         return parameters
 
+    def mixed_parameters(self) -> dict[str, Tensor]:
+        """The base layer's parameters with the current client's mixtures added, in new tensors."""
+        names = [name for name in self.active_adapters if self.holds(name)]
+        return self._add_mixtures(names, [self._one_mixture(name) for name in names])
+
     @override
     def train(self, mode: bool = True) -> FloralLayer:
         self._cache.clear()
