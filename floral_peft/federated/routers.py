@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from floral_peft.federated.seeding import ClientId
-from floral_peft.tuner import parameter_roles
+from floral_peft.tuner import PureModels, parameter_roles
 
 
 #: Logit of the adaptors that a one-hot router does not use, at temperature 1: its softmax is 0 exactly.
@@ -198,6 +199,11 @@ class Routers:
     def pure(self) -> Tensor:
         """For each adaptor the router that uses it alone, (C, 1, L, C)."""
         return self._one_hot(range(self.shape[-1])).unsqueeze(1)
+
+    @cached_property
+    def pure_models(self) -> PureModels:
+        """The model under each of its adaptors alone."""
+        return PureModels(self._model)
 
     def mixture_of(self, logits: Tensor) -> Tensor:
         """π of a router (1, 1, C), shape (C,)."""

@@ -114,6 +114,19 @@ class Turn:
         Args:
             function: (batch, its number of examples) → a tensor.
         """
+        with self._place.accelerator.autocast():
+            return torch.stack([function(batch, count) for count, batch in self._batches()]).sum(dim=0)
+
+    def pure_losses(self) -> Tensor:
+        """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,)."""
+        counts, batches = zip(*self._batches(), strict=True)
+        with self._place.accelerator.autocast():
+            losses = self.routers.pure_models.losses(lambda batch: self.forward(batch).loss, batches)
+        weighted = [loss.float() * count for loss, count in zip(losses, counts, strict=True)]
+        return torch.stack(weighted).sum(dim=0).cpu() / self.num_examples
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        """The client's training examples in order, for a model that holds the client's tensors: sizes and batches."""
         place, args = self._place, self._place.args
         device = place.accelerator.device
         # A dataset's transform may draw from the global generators.
@@ -121,25 +134,7 @@ class Turn:
         place.visitor.load(self.private, self._state)
         place.model.eval()
         examples = Examples(self._dataset, place.collator, device)
-        terms = []
-        for rows in ordered_batches(len(examples), args.per_device_eval_batch_size):
-            batch = examples.batch(rows)
-            with place.accelerator.autocast():
-                terms.append(function(batch, len(rows)))
-        return torch.stack(terms).sum(dim=0)
-
-    def pure_losses(self) -> Tensor:
-        """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,)."""
-        pure = self.routers.pure()
-
-        def losses(batch: Batch, count: int) -> Tensor:
-            found = torch.zeros(len(pure))
-            for adaptor, router in enumerate(pure):
-                self._place.visitor.load({self.routers.name: router})
-                found[adaptor] = float(self.forward(batch).loss) * count
-            return found
-
-        return self.total(losses) / self.num_examples
+        return examples.batches(ordered_batches(len(examples), args.per_device_eval_batch_size))
 
     @contextmanager
     def trained(self) -> Iterator[None]:

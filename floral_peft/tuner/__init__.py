@@ -7,6 +7,7 @@ from floral_peft.tuner.export import Exported, export_client
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.model import FloralModel
 from floral_peft.tuner.precondition import factor_pairs, precondition_gradients
+from floral_peft.tuner.pure import PureModels, pure_losses
 from floral_peft.tuner.registration import register
 from floral_peft.tuner.roles import Role, parameter_roles, private_buffers
 from floral_peft.tuner.router import Router
@@ -18,6 +19,7 @@ __all__ = [
     "FloralConfig",
     "FloralLayer",
     "FloralModel",
+    "PureModels",
     "Role",
     "Router",
     "center_adaptors",
@@ -27,6 +29,7 @@ __all__ = [
     "parameter_roles",
     "precondition_gradients",
     "private_buffers",
+    "pure_losses",
     "register",
     "reinitialized",
 ]

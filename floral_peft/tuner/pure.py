@@ -1,0 +1,226 @@
+"""Pure models: what a loss is where every layer uses one adaptor alone, for each of the C adaptors.
+
+A router chooses by these losses. They are made without gradients, and from slices: the pure model of adaptor c is a
+model with that one adaptor, whose weight is 1, not a mixture of C of which all but one count nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from floral_peft.tuner.layers import FloralLayer, ReparametrizedBatchNorm
+from floral_peft.tuner.layers.base import has_hooks
+from floral_peft.tuner.layers.conv import ConvLayer
+from floral_peft.tuner.layers.factored import FactoredLayer
+from floral_peft.tuner.roles import parameter_roles
+from floral_peft.tuner.router import Router
+
+
+Batch = TypeVar("Batch")
+
+#: Logit, at temperature 1, of what a softmax should not choose: its weight is below a float's precision, and yet one
+#: by which a gradient can be divided.
+_HARDLY = -60.0
+#: Logit, at temperature 1, of what a softmax must not choose: its weight is 0 exactly.
+_NEVER = -1e4
+
+
+class PureModels:
+    """A model under each of its adaptors alone: one with FLORAL layers, or an [`Ensemble`].
+
+    Where it pays, the C models run as one batched computation (`torch.func.vmap`), in which the layers before the
+    first adaptor, and the base's part in the first adapted layer, are computed once for all. They run one after the
+    other with merged weights where convolutions are adapted and the device is a CPU (each adaptor would be a group of
+    a grouped convolution), where a layer is quantised or has hooks, and once anything has come up that vmap cannot do
+    or does badly, such as control flow that depends on the data, or fused attention.
+
+    Args:
+        model: The model. It is not changed.
+
+    Raises:
+        ValueError: The model has no router, or several active adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        names = [name for name, role in parameter_roles(model).items() if role.kind == "router"]
+        if len(names) != 1:
+            raise ValueError(
+                f"the model has {len(names)} active FLORAL adapters, and pure models are those of one: choose it with "
+                "model.set_adapter."
+            )
+        self._model = model
+        self._scope = _Scope(model)
+        self._name = names[0]
+        self._adapter = self._name.rsplit(".", 1)[-1]
+        self._router = next(module for module in model.modules() if isinstance(module, Router))
+        self._together = _can_batch(model)
+
+    def losses(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> list[Tensor]:
+        """f_c of every adaptor c, batch by batch, without gradients and in evaluation mode.
+
+        Args:
+            loss: Runs the model on a batch. Returns the batch's loss, a scalar, or those of its examples, or any other
+                tensor.
+            batches: The batches; they are held in memory together.
+
+        Returns:
+            For each batch what `loss` returned under each adaptor, stacked: (C, ...).
+        """
+        held = list(batches)
+        tensors = self._tensors()
+        with torch.no_grad(), _evaluating(self._model), self._first_client():
+            if self._together:
+                try:
+                    with _batched(self._model, self._adapter):
+                        return [vmap(lambda part: self._within(part, loss, batch))(tensors) for batch in held]  # noqa: B023
+                except (RuntimeError, UserWarning):  # whatever else is wrong is wrong below, too
+                    self._together = False
+            count = len(next(iter(tensors.values())))
+            parts = [{name: tensor[c] for name, tensor in tensors.items()} for c in range(count)]
+            # A layer keeps its merged weights from batch to batch.
+            rows = [[self._within(part, loss, batch) for batch in held] for part in parts]
+            return [torch.stack(losses) for losses in zip(*rows, strict=True)]
+
+    def first_order_losses(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> list[Tensor]:
+        """An estimate of each f_c from one pass and its backward, however many adaptors there are.
+
+            f_c ≈ f(π) + ⟨∂f/∂π, e_c − π⟩
+
+        π is the current client's mixture. Good near it: where pure models are far apart, the estimate says which way
+        to go, not how far. (The brackets are, up to a constant that no softmax sees, the gradient ∂f/∂π itself.)
+
+        Args:
+            loss: As for `losses`, but a scalar.
+            batches: The batches.
+
+        Returns:
+            For each batch the estimates, (C,).
+        """
+        settings = self._router.settings[self._adapter]
+        table = self._router.logits[self._adapter].detach()
+        row = self._router.client if len(table) > 1 else self._router.client.new_zeros(1)
+        pi = self._router.read(self._adapter, row)  # (1, L, C)
+        if len(pi) > 1:
+            raise ValueError(f"{len(pi)} clients are selected; the estimate is at one's mixture: set_client.")
+        logits = (pi.log().clamp(min=_HARDLY) * settings.temperature).requires_grad_()
+        found, top_k = [], settings.top_k
+        settings.top_k = None  # the mixture is that of the k largest already; the others are to have a gradient, too
+        try:
+            with torch.enable_grad(), _evaluating(self._model), self._first_client():
+                for batch in batches:
+                    value = self._within({self._name: logits.expand(len(table), -1, -1)}, loss, batch)
+                    (gradient,) = torch.autograd.grad(value, logits)
+                    # A softmax's gradient is π_c (g_c − ⟨g, π⟩) / temperature: what is asked for, but for a factor.
+                    weights = torch.softmax(logits.detach() / settings.temperature, dim=-1)
+                    away = gradient * settings.temperature / weights
+                    found.append(value.detach() + away.sum(dim=(0, 1)).to(value.dtype))
+        finally:
+            settings.top_k = top_k
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What differs between the pure models, stacked over them: name → (C, ...); views of the model's tensors."""
+        parameters = dict(self._model.named_parameters())
+        axes = {name: role.axis for name, role in parameter_roles(self._model).items() if role.axis is not None}
+        tensors = {name: _slices(parameters[name].detach(), axis) for name, axis in axes.items()}
+        for prefix, module in self._model.named_modules():
+            if isinstance(module, ReparametrizedBatchNorm) and self._adapter in module.floral_mean:
+                for buffer in ("floral_mean", "floral_var"):
+                    held = getattr(module, buffer)[self._adapter]
+                    tensors[f"{prefix}.{buffer}.{self._adapter}"] = _slices(held, 0)
+        table = parameters[self._name].detach()
+        rows, layers, count = table.shape
+        if tensors:  # one adaptor each: whatever its logit, its weight is 1
+            logits = table.new_zeros(count, 1, 1, 1)
+        else:  # an Ensemble runs the models that have a weight
+            never = _NEVER * self._router.settings[self._adapter].temperature
+            logits = table.new_full((count, count), never).fill_diagonal_(0.0).view(count, 1, 1, count)
+        return tensors | {self._name: logits.expand(-1, rows, layers, -1)}
+
+    def _within(self, tensors: Mapping[str, Tensor], loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        result: Tensor = functional_call(self._scope, named, (lambda: loss(batch),), tie_weights=False)
+        return result
+
+    @contextmanager
+    def _first_client(self) -> Iterator[None]:
+        """Whose router it is does not matter, but there must be one for a batch of any size."""
+        before = self._router.client
+        self._router.select(before.new_zeros(1))
+        try:
+            yield
+        finally:
+            self._router.select(before)
+
+
+def pure_losses(model: nn.Module, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> list[Tensor]:
+    """The loss of each batch under each adaptor alone, (C, ...): see [`PureModels.losses`]."""
+    return PureModels(model).losses(loss, batches)
+
+
+class _Scope(nn.Module):
+    """Something to call while `functional_call` has put other tensors into the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def _slices(tensor: Tensor, axis: int) -> Tensor:
+    """The C slices along an axis, which stays, with length 1: (C, ..., 1, ...)."""
+    return tensor.unsqueeze(axis + 1).movedim(axis, 0)
+
+
+def _can_batch(model: nn.Module) -> bool:
+    layers = [layer for layer in model.modules() if isinstance(layer, FloralLayer)]
+    adapted = [layer for layer in layers if any(layer.holds(name) for name in layer.active_adapters)]
+    for layer in adapted:
+        base = layer.get_base_layer()
+        if layer.quantization_backend is not None or has_hooks(base):
+            return False
+        if isinstance(layer, ConvLayer) and base.weight.device.type == "cpu":
+            return False
+    return bool(adapted)  # an Ensemble has none: each pure model is one of its members, and they share nothing
+
+
+@contextmanager
+def _batched(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Within, no weights are merged: the base's part, merged, would be another for each adaptor.
+
+    Raises:
+        UserWarning: An operation is one that vmap does lane by lane.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, FactoredLayer) and layer.holds(adapter_name)]
+    before = [layer.compute[adapter_name] for layer in layers]
+    for layer in layers:
+        layer.compute[adapter_name] = "stacked"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "There is a performance drop", UserWarning)
+            yield
+    finally:
+        for layer, compute in zip(layers, before, strict=True):
+            layer.compute[adapter_name] = compute
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards each module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
