@@ -9,15 +9,17 @@ from floral_peft.federated.lock import OutputDirInUseError
 from floral_peft.federated.method import Method, get_method, method_names, register_method
 from floral_peft.federated.processes import ProcessError
 from floral_peft.federated.rounds import RoundReport, TooFewClientsError
+from floral_peft.federated.routing import RouterUpdate, register_router_update
 from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.segments import StoreError
 from floral_peft.federated.server import ServerState
 from floral_peft.federated.trainer import FederatedTrainer
-from floral_peft.federated.turn import Arrival, Turn
+from floral_peft.federated.turn import Arrival, Arrived, Turn
 
 
 __all__ = [
     "Arrival",
+    "Arrived",
     "CheckpointError",
     "ClientId",
     "ClientUpdate",
@@ -31,6 +33,7 @@ __all__ = [
     "ParameterGroups",
     "ProcessError",
     "RoundReport",
+    "RouterUpdate",
     "ServerState",
     "StoreError",
     "TooFewClientsError",
@@ -39,4 +42,5 @@ __all__ = [
     "get_method",
     "method_names",
     "register_method",
+    "register_router_update",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,7 @@ class ClientUpdate:
             router's L rows. None where nothing is clustered.
         deltas: New − old of each public tensor.
         train_loss: Mean loss of an example while training.
+        sums: What the router's update adds up over the cohort, float64 on the CPU: see [`RouterUpdate.sums`].
     """
 
     client_id: ClientId
@@ -46,6 +47,7 @@ class ClientUpdate:
     usage: Tensor | None
     deltas: Mapping[str, Tensor]
     train_loss: float
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def peaks(self) -> dict[str, float]:
@@ -65,10 +67,12 @@ class Aggregate:
     Args:
         deltas: Mean of new − old of each public tensor, float64.
         usage: p(c), the mean of π̂ᵏ_c under p(k), shape (L, C). None where nothing is clustered.
+        sums: The sums of the clients' `sums`.
     """
 
     deltas: dict[str, Tensor]
     usage: Tensor | None
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def used(self) -> Tensor | None:
         """Which adaptors have users in the cohort, bool (L, C)."""
@@ -76,7 +80,12 @@ class Aggregate:
 
 
 def check_update(
-    update: ClientUpdate, client_id: ClientId, round: int, reference: Mapping[str, Tensor], routers: torch.Size | None
+    update: ClientUpdate,
+    client_id: ClientId,
+    round: int,
+    reference: Mapping[str, Tensor],
+    routers: torch.Size | None,
+    sums: Mapping[str, torch.Size] | None = None,
 ) -> None:
     """Check an update before any arithmetic.
 
@@ -86,6 +95,7 @@ def check_update(
         round: The round that is being aggregated.
         reference: The server's public tensors, which say the names and shapes.
         routers: The shape (L, C) that `usage` must have; None where nothing is clustered.
+        sums: The names and shapes that `sums` must have.
 
     Raises:
         UpdateError: Something is wrong with it.
@@ -116,6 +126,7 @@ def check_update(
     if not isinstance(update.train_loss, float) or not math.isfinite(update.train_loss):
         raise UpdateError(f"{who}: train_loss is {update.train_loss}: does any of its examples have a label?")
     _check_usage(who, update, routers)
+    _check_sums(who, update.sums, sums or {})
 
 
 def _check_usage(who: str, update: ClientUpdate, routers: torch.Size | None) -> None:
@@ -134,6 +145,18 @@ def _check_usage(who: str, update: ClientUpdate, routers: torch.Size | None) -> 
     whole = torch.full(routers[:1], float(update.num_examples), dtype=usage.dtype)
     if not bool((usage >= 0).all()) or not torch.allclose(usage.sum(dim=-1), whole, rtol=1e-3):
         raise UpdateError(f"{who}: usage must be at least 0 and sum to num_examples={update.num_examples} in each row")
+
+
+def _check_sums(who: str, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    if found.keys() != expected.keys():
+        raise UpdateError(f"{who}: sums of {sorted(found)}, expected {sorted(expected)}")
+    for name, shape in expected.items():
+        value = found[name]
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float64:
+            kind = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise UpdateError(f"{who}: the sum {name} is {kind}, expected {tuple(shape)} torch.float64")
+        if not bool((value.abs() < _MOST).all()):
+            raise UpdateError(f"{who}: the sum {name} holds values that are not finite, or too large")
 
 
 def update_norm(deltas: Mapping[str, Tensor]) -> float:
@@ -167,6 +190,7 @@ class WeightedMean:
         groups: Which of them are shared, which clustered.
         cohort_size: Most updates that may be added, over all processes.
         routers: The shape (L, C) of `usage`; None where nothing is clustered.
+        sums: The names and shapes of the updates' `sums`.
     """
 
     def __init__(
@@ -175,11 +199,13 @@ class WeightedMean:
         groups: ParameterGroups,
         cohort_size: int,
         routers: torch.Size | None = None,
+        sums: Mapping[str, torch.Size] | None = None,
     ) -> None:
         self._groups = groups
         self._sums = {name: ExactSum(value, cohort_size) for name, value in reference.items()}
         self._scratch = _largest(self._sums.values())
         self._usage = None if routers is None else ExactSum(torch.zeros(routers), cohort_size)
+        self._told = {name: ExactSum(torch.zeros(shape), cohort_size) for name, shape in (sums or {}).items()}
         self._examples = 0
 
     def add(self, update: ClientUpdate) -> None:
@@ -193,12 +219,14 @@ class WeightedMean:
         self._examples += update.num_examples
         if update.usage is not None and self._usage is not None:
             self._usage.add(update.usage, 1, most)
+        for name, value in update.sums.items():
+            self._told[name].add(value, 1, float(value.abs().max()))
 
     def reduce(self, processes: Processes) -> None:
         """Make these the sums of what all processes have added; the same bits as if one had added it all."""
         if processes.count == 1:
             return
-        sums = [*self._sums.values(), *([] if self._usage is None else [self._usage])]
+        sums = [*self._sums.values(), *([] if self._usage is None else [self._usage]), *self._told.values()]
         told = processes.collect([self._examples, [total.classes() for total in sums]])
         self._examples = sum(examples for examples, _ in told)
         live = [sorted(set().union(*classes)) for classes in zip(*(classes for _, classes in told), strict=True)]
@@ -220,7 +248,7 @@ class WeightedMean:
             cluster = self._groups.clustered.get(name)
             scale = 1 / self._examples if cluster is None else _along(weight, cluster, total)
             deltas[name] = total.result().mul_(scale)
-        return Aggregate(deltas, share)
+        return Aggregate(deltas, share, {name: total.result() for name, total in self._told.items()})
 
 
 def _largest(sums: Iterable[ExactSum]) -> dict[torch.device, Tensor]:

@@ -76,6 +76,20 @@ class FederatedArguments:
         default=None, metadata={"help": "More arguments of the server's optimiser, as JSON."}
     )
     precondition: bool = field(default=True, metadata={"help": "Precondition the gradients of the low-rank factors."})
+    router_update: str = field(
+        default="gradient",
+        metadata={
+            "help": 'How clients find their routers: local steps train them ("gradient", "mirror"), or they are the '
+            'posterior over the adaptors given the client\'s examples ("posterior").'
+        },
+    )
+    label_prior: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Where the loss is a classifier's cross entropy, train on logits + log q(label), q how often "
+            'the client has a label, and evaluate plain logits. By default where router_update="posterior" learns.'
+        },
+    )
     optimal_routing: bool = field(
         default=False, metadata={"help": "Fix each client's router one-hot at the dataset's true cluster."}
     )
@@ -234,6 +248,8 @@ class FederatedArguments:
         name = self.metric_for_best_model
         if name is not None and not isinstance(name, str):
             raise TypeError(f"metric_for_best_model={name!r} must be a metric's name or None.")
+        if self.label_prior not in (None, True, False):
+            raise TypeError(f"label_prior={self.label_prior!r} must be True, False or None.")
         if self.greater_is_better not in (None, True, False):
             raise TypeError(f"greater_is_better={self.greater_is_better!r} must be True, False or None.")
         if self.load_best_model_at_end:

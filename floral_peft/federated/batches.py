@@ -45,6 +45,7 @@ class Examples:
         resident: Splits up to this many bytes are held in memory as a whole.
 
     Attributes:
+        device: Where the batches go.
         arrays: The whole split by column, where it is in memory and no transform changes its batches. Not to be
             written to: it may be Arrow's.
 
@@ -57,7 +58,7 @@ class Examples:
     ) -> None:
         self._dataset = dataset
         self._collator = collator
-        self._device = device
+        self.device = device
         self._arrays: dict[str, np.ndarray] | None = None
         self._columns: dict[str, Tensor] | None = None
         form = dataset.format
@@ -105,13 +106,13 @@ class Examples:
         """
         if self._arrays is not None:
             if self._columns is None:
-                self._columns = as_columns([self._arrays], self._device)
-            batch = select_rows(self._columns, rows.to(self._device))
+                self._columns = as_columns([self._arrays], self.device)
+            batch = select_rows(self._columns, rows.to(self.device))
             return batch if self._transform is None else self._transform.tensors(batch)
         batch = self._collator(self._dataset.__getitems__(rows.tolist()))
         if not hasattr(batch, "items"):
             raise TypeError(f"data_collator must return a dictionary of tensors, got {type(batch).__name__}.")
-        return {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _check_labels(dataset: Dataset) -> None:

@@ -7,10 +7,11 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -76,6 +77,7 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, run: Identity) -> 
         "round": state.round,
         "run": run,
         "optimizer_tensors": list(tensors),
+        "routing": {name: value.tolist() for name, value in state.routing.items()},
         "optimizer_values": [[*path, value] for path, value in memory.items() if path not in tensors],
         "private": list(checkpoint.private),
         "trainer": checkpoint.trainer,
@@ -123,7 +125,9 @@ def load_checkpoint(folder: Path, reference: ServerState, run: Identity) -> Chec
             raise CheckpointError(f"{folder} is damaged or has another's name: it holds round {round!r}.")
         server = ServerState(round, _read_tensors(folder, reference), _read_memory(folder, document))
         memory = {name: _placed(entries, reference.tensors[name]) for name, entries in server.optimizer.items()}
-        server = ServerState(server.round, server.tensors, memory)
+        server = replace(server, optimizer=memory)
+        routing = document.get("routing", {}).items()
+        server = replace(server, routing={name: torch.tensor(value, dtype=torch.float64) for name, value in routing})
         return Checkpoint(server, [str(name) for name in document["private"]], dict(document["trainer"]))
     except _UNREADABLE as error:
         raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from error

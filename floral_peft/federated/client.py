@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from floral_peft.federated.aggregation import ClientUpdate, UpdateError
 from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import Collator, Examples
+from floral_peft.federated.batches import Batch, Collator, Examples
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups
 from floral_peft.federated.local_steps import Pull, local_batches, norms_frozen, optimizer_groups, training_phases
@@ -89,12 +89,13 @@ class LocalTraining:
         self._visitor.load(private, state)
         self._model.train()
         examples = Examples(dataset, self._collator, self._accelerator.device)
+        constants = self._forward.constants(dataset, examples)
         parameters = dict(self._model.named_parameters())
         trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
         # The last phase's loss is that of the model that is sent.
         for phase in training_phases(trainable, self._groups, self._args.alternating):
             with _only_training(parameters, phase):
-                loss = self._run_steps({name: parameters[name] for name in phase}, examples, order, state)
+                loss = self._run_steps({name: parameters[name] for name in phase}, examples, constants, order, state)
         deltas, trained = self._visitor.result(state)
         update = ClientUpdate(
             client_id=client_id,
@@ -107,7 +108,12 @@ class LocalTraining:
         return update, trained
 
     def _run_steps(
-        self, parameters: dict[str, nn.Parameter], examples: Examples, order: torch.Generator, state: ServerState
+        self,
+        parameters: dict[str, nn.Parameter],
+        examples: Examples,
+        constants: Batch,
+        order: torch.Generator,
+        state: ServerState,
     ) -> float:
         """Train parameters for the local epochs or steps. Returns the mean loss of an example."""
         args, accelerator = self._args, self._accelerator
@@ -122,7 +128,7 @@ class LocalTraining:
         seen = 0
         for size, batch in examples.batches(local_batches(len(examples), args, order)):
             with norms_frozen(self._norms, size == 1), self._precision():
-                loss = self._forward(batch).loss
+                loss = self._forward({**batch, **constants}).loss
             (loss if scaler is None else scaler.scale(loss)).backward()
             if scaler is not None:
                 scaler.unscale_(optimizer)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from floral_peft.federated.batches import Batch
+from floral_peft.federated.batches import Batch, Examples
+from floral_peft.federated.label_prior import label_log_prior, labels_of
+from floral_peft.federated.seeding import generators_kept
+from floral_peft.federated.visitor import modes_kept
 from floral_peft.tuner import FloralModel
 from floral_peft.tuner.layers.base import has_hooks
 
@@ -20,6 +24,8 @@ from floral_peft.tuner.layers.base import has_hooks
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 LABELS = "labels"
+#: In a batch: log q of the client at hand, (classes,), for `Forward.discount_labels`.
+LABEL_PRIOR = "label_log_prior"
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -49,10 +55,20 @@ class Forward:
     Args:
         model: The model.
         loss_fn: Loss of the model's outputs and the labels, a scalar.
+
+    Attributes:
+        discount_labels: Whether a classifier's loss is that of logits + log q in training, q(y) being how often the
+            client has the label y, where that loss is the cross entropy. Then what a client's labels are, by chance or
+            by nature, is no part of what its adaptors learn. Outputs are plain.
     """
+
+    #: Whether the loss can discount the labels.
+    discounts_labels = True
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | None = None) -> None:
         self._model = model
+        self.discount_labels = False
+        self._classes: int | None = None  # 0: the model is no classifier
         # Around our tuner a plain PeftModel calls the base model and adds nothing, but takes a while for it.
         self._inside: nn.Module | None = None
         if type(model) is PeftModel and isinstance(model.base_model, FloralModel):
@@ -76,7 +92,40 @@ class Forward:
             ValueError: The batch lacks the labels or a column that the model needs, or there is no loss for it.
         """
         labels = self.labels(batch)
-        return self.predict(self.outputs(batch), labels)
+        prediction = self.predict(self.outputs(batch), labels)
+        if LABEL_PRIOR not in batch:
+            return prediction
+        loss = nn.functional.cross_entropy(prediction.logits + batch[LABEL_PRIOR], labels)
+        return replace(prediction, loss=loss)
+
+    def constants(self, dataset: Dataset, examples: Examples) -> Batch:
+        """What the batches of a client's turn hold beside its examples.
+
+        Args:
+            dataset: The client's examples, at least one.
+            examples: The same, ready to be cut into batches.
+        """
+        if not self.discount_labels or self._classes == 0 or (labels := labels_of(dataset)) is None:
+            return {}
+        if self._classes is None:
+            with generators_kept(examples.device):
+                self._classes = self._count_classes(examples.batch(torch.arange(min(2, len(examples)))))
+        if self._classes == 0:
+            return {}
+        return {LABEL_PRIOR: label_log_prior(labels, self._classes).to(examples.device)}
+
+    @torch.no_grad()
+    def _count_classes(self, batch: Batch) -> int:
+        """How many classes the model tells apart; 0 unless its loss is the cross entropy of its logits."""
+        with modes_kept(self._model):
+            self._model.eval()
+            prediction = self(batch)
+        logits, labels = prediction.logits, prediction.labels
+        if not is_classification(logits, labels):
+            return 0
+        expected = nn.functional.cross_entropy(logits.float(), labels)
+        same = torch.allclose(prediction.loss.float(), expected, rtol=1e-3, equal_nan=True)
+        return int(logits.shape[-1]) if same else 0
 
     def outputs(self, batch: Batch) -> Any:
         """What the model returns for a batch."""
@@ -134,7 +183,7 @@ class Forward:
         """Positional and keyword arguments of the model."""
         wanted = [name for name in self._names if self._returns_loss or name != LABELS]
         named = {name: batch[name] for name in wanted if name in batch}
-        others = [name for name in batch if name != LABELS]
+        others = [name for name in batch if name not in (LABELS, LABEL_PRIOR)]
         if not named.keys() - {LABELS}:
             if len(others) != 1 or self._returns_loss:
                 raise ValueError(

@@ -22,6 +22,7 @@ class Lane:
         examples: Its training examples.
         generators: Its random generators.
         order: The generator of its examples' order.
+        constants: What its batches hold beside examples.
 
     Attributes:
         row: Its place in the stacked tensors.
@@ -35,13 +36,19 @@ class Lane:
     """
 
     def __init__(
-        self, position: int, examples: Examples, generators: ClientGenerators, order: torch.Generator
+        self,
+        position: int,
+        examples: Examples,
+        generators: ClientGenerators,
+        order: torch.Generator,
+        constants: Batch | None = None,
     ) -> None:
         self.position = position
         self.examples: Examples | None = examples
         self.num_examples = len(examples)
         self.generators = generators
         self.order = order
+        self.constants = constants or {}
         self.row = -1
         self.first_row = 0
         self.failed = False
@@ -127,9 +134,13 @@ def pack(lanes: Sequence[Lane], device: torch.device) -> Pack | None:
 
 def stacked_batch(lanes: Sequence[Lane], packed: Pack | None) -> Batch:
     """The next batches of lanes of one signature, (clients, examples, ...)."""
+    constants = _stacked([lane.constants for lane in lanes])
     if packed is not None:
-        return packed.batch(lanes)
-    batches = [lane.batch for lane in lanes if lane.batch is not None]
+        return packed.batch(lanes) | constants
+    return _stacked([lane.batch for lane in lanes if lane.batch is not None]) | constants
+
+
+def _stacked(batches: Sequence[Batch]) -> Batch:
     return {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.forward import Forward, LossFunction
 from floral_peft.federated.groups import Group
+from floral_peft.federated.routing import Gradient, RouterUpdate
 from floral_peft.federated.turn import Arrival, Turn, relearn
 from floral_peft.tuner import FloralConfig, Role
 
@@ -90,10 +91,20 @@ class Method(ABC):
         """
         return None
 
+    def router_update(self, args: FederatedArguments, sampled: float) -> RouterUpdate:
+        """How clients find their routers, unless the method does so on `arrival`: by default, in local steps.
+
+        Args:
+            args: The run's settings.
+            sampled: The share of the clients that take part in a round.
+        """
+        return Gradient(args, sampled)
+
     def arrival(self, args: FederatedArguments) -> Arrival | None:
         """What a client does with its examples before its local steps, and before it is evaluated.
 
-        It finds the client's private tensors; where there is an arrival, local steps leave the router alone.
+        It finds the client's private tensors; where there is an arrival, local steps leave the router alone, and so
+        does [`router_update`][Method.router_update].
 
         Args:
             args: The run's settings.

@@ -50,10 +50,13 @@ class RoundReport:
         router_entropy: Mean entropy of the trained clients' routers, in nats. None for fewer than two clients: it
             would be the client's own.
         usage: p(c), the share of the cohort's examples that each adaptor stands for. None as above.
+        switches: How many of the trained clients have another best adaptor than at their last participation; where the
+            router's update tells. None as above.
         mismatch: `cluster_mismatch`, where the true clusters are known. None as above.
         bytes_down: What a client is sent: the public tensors.
         bytes_up: What a client sends: its deltas and its usage.
-        seconds: Duration by phase, on the main process; "wait" is for the other processes to finish.
+        seconds: Duration by phase, on the main process; "route" is what clients do on arrival, "wait" is for the other
+            processes to finish.
     """
 
     round: int
@@ -63,6 +66,7 @@ class RoundReport:
     update_norm: float
     router_entropy: float | None
     usage: list[float] | None
+    switches: int | None
     mismatch: float | None
     bytes_down: int
     bytes_up: int
@@ -110,7 +114,7 @@ def run_round(
         TooFewClientsError: Fewer than `min_clients` updates arrived.
     """
     round, processes, clock = state.round + 1, processes or Processes(), clock or Stopwatch()
-    mean = WeightedMean(state.tensors, settings.groups, len(cohort), settings.routers)
+    mean = WeightedMean(state.tensors, settings.groups, len(cohort), settings.routers, settings.sums)
     mine: list[tuple[ClientId, _Answer]] = []
     away: list[tuple[ClientId, PrivateState]] = []  # private tensors on their way to the main process
     counted: set[ClientId] = set()
@@ -164,11 +168,12 @@ def run_round(
         update_norm=update_norm(aggregate.deltas),
         router_entropy=mean_entropy(usages) if told else None,
         usage=aggregate.usage.mean(dim=0).tolist() if told and aggregate.usage is not None else None,
+        switches=int(aggregate.sums["switches"]) if told and "switches" in aggregate.sums else None,
         mismatch=cluster_mismatch(usages, [settings.clusters[client_id] for client_id, _ in trained])
         if told and settings.clusters is not None
         else None,
         bytes_down=sent,
-        bytes_up=sent + (usages[0].nbytes if usages else 0),
+        bytes_up=sent + (usages[0].nbytes if usages else 0) + sum(value.nbytes for value in aggregate.sums.values()),
         seconds=clock.seconds,
     )
 
@@ -183,7 +188,7 @@ def _accepted(
         update, private = outcome
         if client_id in counted:
             raise UpdateError(f"client {client_id!r} was counted already: it is in the cohort twice")
-        check_update(update, client_id, state.round + 1, state.tensors, settings.routers)
+        check_update(update, client_id, state.round + 1, state.tensors, settings.routers, settings.sums)
         return (update if settings.max_update_norm is None else clip_update(update, settings.max_update_norm)), private
     except Exception as error:  # an update may be anything at all
         return error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from floral_peft.federated.seeding import ClientId
 from floral_peft.tuner import PureModels, parameter_roles
+from floral_peft.tuner.router import RouterSettings
 
 
 #: Logit of the adaptors that a one-hot router does not use, at temperature 1: its softmax is 0 exactly.
@@ -46,15 +47,22 @@ class Routers:
         name: The name of the table among the model's parameters.
         fixed: Client id → the cluster at which its router is held one-hot (optimal routing); None: they are learned.
         given: Routers are found on the client's arrival; local steps leave them alone.
+        settings: How mixtures are computed while the model visits clients, from how its config says.
 
     Raises:
         ValueError: A cluster has no adaptor.
     """
 
     def __init__(
-        self, model: Any, name: str, fixed: Mapping[ClientId, int] | None = None, given: bool = False
+        self,
+        model: Any,
+        name: str,
+        fixed: Mapping[ClientId, int] | None = None,
+        given: bool = False,
+        settings: Callable[[RouterSettings], RouterSettings] = lambda settings: settings,
     ) -> None:
         self._model = model
+        self._settings = settings
         self.name = name
         self.shape = self._table().shape[1:]
         self._trains = self._table().requires_grad
@@ -76,6 +84,7 @@ class Routers:
         optimal_routing: bool = False,
         stateless: bool = False,
         given: bool = False,
+        settings: Callable[[RouterSettings], RouterSettings] = lambda settings: settings,
     ) -> Routers | None:
         """The routers of a model; None for a model without any.
 
@@ -85,6 +94,7 @@ class Routers:
             optimal_routing: Whether to fix each router one-hot at its client's true cluster.
             stateless: Whether clients keep no router.
             given: Whether something else than local steps finds the routers.
+            settings: How mixtures are computed while the model visits clients, from how its config says.
 
         Raises:
             ValueError: The model has several active adapters, or one of the two is asked for where it cannot be.
@@ -99,7 +109,7 @@ class Routers:
             return None
         if optimal_routing and clusters is None:
             raise ValueError("optimal_routing=True needs the true clusters: FederatedDataset(..., clusters={...}).")
-        return cls(model, names[0], clusters if optimal_routing else None, given)
+        return cls(model, names[0], clusters if optimal_routing else None, given, settings)
 
     def remember(self) -> None:
         """Take the routers that the model holds as those with which their clients start, unless they are fixed.
@@ -122,10 +132,14 @@ class Routers:
         config, router = self._model.active_peft_config, self._model.router
         table, selected = self._table().detach().clone(), router.client
         count, names = config.num_clients, config.client_names
+        adapter = self.name.rpartition(".")[2]
+        settings = router.settings[adapter]
+        router.settings[adapter] = self._settings(settings)
         self._hold_one()
         try:
             yield
         finally:
+            router.settings[adapter] = settings
             self._model.set_routers(table, names)
             config.num_clients = count
             router.select(selected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from floral_peft.federated.aggregation import Aggregate, keep_unused
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.processes import Message, pack_states, unpack_states
 from floral_peft.federated.seeding import ClientId
+
+
+if TYPE_CHECKING:
+    from floral_peft.federated.routing import RouterUpdate
 
 
 PrivateState = dict[str, Tensor]
@@ -26,17 +30,19 @@ class ServerState:
         round: Rounds done.
         tensors: The public tensors, in float32 at least, whatever the model computes in.
         optimizer: The server optimiser's state of each parameter.
+        routing: What the router's update remembers: sums over clients, float64 on the CPU.
     """
 
     round: int
     tensors: dict[str, Tensor]
     optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
+    routing: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, groups: ParameterGroups) -> ServerState:
+    def of(cls, model: nn.Module, groups: ParameterGroups, routing: Mapping[str, Tensor] | None = None) -> ServerState:
         """The state before the first round: a copy of the model's public tensors."""
         held = tensors_of(model)
-        return cls(round=0, tensors={name: _master_copy(held[name]) for name in groups.public})
+        return cls(0, {name: _master_copy(held[name]) for name in groups.public}, routing=dict(routing or {}))
 
     def to_message(self) -> Message:
         """The state, as one process tells it to another."""
@@ -47,11 +53,11 @@ class ServerState:
             )
             for name, entries in self.optimizer.items()
         ]
-        return pack_states([([self.round, {}], self.tensors), *memory])
+        return pack_states([([self.round, {}], self.tensors), (["", {}], self.routing), *memory])
 
     def of_message(self, message: Message) -> ServerState:
         """The state that another process told, on the devices of this one."""
-        ([round, _], tensors), *memory = unpack_states(message)
+        ([round, _], tensors), (_, routing), *memory = unpack_states(message)
         devices = {name: value.device for name, value in self.tensors.items()}
         optimizer = {
             # Step counters stay on the CPU, where torch.optim keeps them.
@@ -61,7 +67,8 @@ class ServerState:
             }
             for (name, values), held in memory
         }
-        return ServerState(round, {name: value.to(devices[name]) for name, value in tensors.items()}, optimizer)
+        placed = {name: value.to(devices[name]) for name, value in tensors.items()}
+        return ServerState(round, placed, optimizer, routing)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class ServerSettings:
         min_clients: Fewest updates of a round.
         max_update_norm: Clip updates to this L2 norm.
         clusters: The clients' true clusters, where they are known: to tell how well the routers find them.
+        router_update: How clients find their routers; None where nothing is clustered.
     """
 
     groups: ParameterGroups
@@ -83,6 +91,12 @@ class ServerSettings:
     min_clients: int = 1
     max_update_norm: float | None = None
     clusters: Mapping[ClientId, int] | None = None
+    router_update: RouterUpdate | None = None
+
+    @property
+    def sums(self) -> Mapping[str, torch.Size]:
+        """What clients tell for the router's update."""
+        return {} if self.router_update is None or self.routers is None else self.router_update.sums(self.routers[-1])
 
 
 @torch.no_grad()
@@ -93,6 +107,9 @@ def server_step(state: ServerState, aggregate: Aggregate, settings: ServerSettin
     value.
     """
     groups = settings.groups
+    routing = state.routing
+    if settings.router_update is not None:
+        routing = settings.router_update.absorb(routing, aggregate.sums)
     tensors = {name: value.clone() for name, value in state.tensors.items()}
     names = groups.optimized
     for name in names:
@@ -100,7 +117,7 @@ def server_step(state: ServerState, aggregate: Aggregate, settings: ServerSettin
     for name in groups.statistics:
         tensors[name] += aggregate.deltas[name].to(tensors[name])
     if not names:  # every parameter is private
-        return ServerState(state.round + 1, tensors)
+        return ServerState(state.round + 1, tensors, routing=routing)
     optimizer = settings.build_optimizer([tensors[name] for name in names])
     for name in names:
         if name in state.optimizer:
@@ -109,7 +126,8 @@ def server_step(state: ServerState, aggregate: Aggregate, settings: ServerSettin
     memory = {name: dict(optimizer.state[tensors[name]]) for name in names if optimizer.state[tensors[name]]}
     for name in names:
         tensors[name].grad = None
-    return ServerState(state.round + 1, keep_unused(tensors, state.tensors, aggregate.used(), groups), memory)
+    kept = keep_unused(tensors, state.tensors, aggregate.used(), groups)
+    return ServerState(state.round + 1, kept, memory, routing)
 
 
 def _copied(memory: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,14 +39,17 @@ from floral_peft.federated.processes import Message, ProcessError, pack_states, 
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
 from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
+from floral_peft.federated.routing import RouterUpdate, discounts_labels
+from floral_peft.federated.routing.schedule import START_STD
 from floral_peft.federated.run_folder import RunFolder
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
 from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
-from floral_peft.federated.turn import Turn, Workplace
+from floral_peft.federated.turn import Arrived, Turn, Workplace, with_arrival
 from floral_peft.federated.visitor import Visitor, modes_kept
 from floral_peft.federated.visits import Private, Visits
+from floral_peft.tuner import separate_adaptors
 
 
 logger = logging.getLogger(__name__)
@@ -116,9 +119,16 @@ class FederatedTrainer:
         self._compute_metrics = compute_metrics
         self._groups = ParameterGroups.of(model, self.method)
         self._forward = self.method.forward(model, loss_fn)
-        self._arrival = self.method.arrival(args)
+        self._update = self.method.router_update(args, self._cohort_size / len(dataset))
+        own = self.method.arrival(args)
+        if own is not None or args.optimal_routing:
+            self._update = RouterUpdate(args)
+        self._arrival = own or self._update.arrival()
+        self._forward.discount_labels = discounts_labels(args, self._update, self._forward)
         given = self._arrival is not None
-        self._routers = Routers.of(model, dataset.clusters, args.optimal_routing, args.stateless, given)
+        self._routers = Routers.of(
+            model, dataset.clusters, args.optimal_routing, args.stateless, given, self._update.settings
+        )
         self._visitor = Visitor(model, self._groups)
         self._untrained = self._visitor.private()
         if self._routers is not None:
@@ -135,6 +145,7 @@ class FederatedTrainer:
             min_clients=args.min_clients,
             max_update_norm=args.max_update_norm,
             clusters=dataset.clusters,
+            router_update=self._update,
         )
         self._store = PrivateStore(self.output_dir / "private")
         self._records = Records(self.output_dir / "records.jsonl", written=self.processes.is_main)
@@ -281,7 +292,7 @@ class FederatedTrainer:
         if not self.dataset.num_examples(client_id, "test"):
             return None
         turn = self._turn(client_id, private)
-        turn.private = self._arrived(turn)
+        turn.private = self._arrived(turn).private
         self._visitor.load(turn.private)
         with self.method.evaluated(turn):
             return evaluate_client(
@@ -333,20 +344,22 @@ class FederatedTrainer:
         self, training: CohortTraining, private: Mapping[ClientId, Private], state: ServerState, clock: Stopwatch
     ) -> Iterator[tuple[ClientId, Outcome]]:
         """What comes of the training of clients that train together."""
+        found: dict[ClientId, Arrived] = {}
 
         def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
             clock.lap("train")
-            try:
-                examples, own = self.dataset[client_id]["train"], private[client_id]()
-                return examples, self._arrived(self._turn(client_id, own, state))
-            finally:
-                clock.lap("load")
+            examples, own = self.dataset[client_id]["train"], private[client_id]()
+            clock.lap("load")
+            found[client_id] = self._arrived(self._turn(client_id, own, state))
+            if self._arrival is not None:
+                clock.lap("route")
+            return examples, found[client_id].private
 
         outcomes = training(list(private), load, state)
         for client_id in private:
             outcome = next(outcomes)
             clock.lap("train")
-            yield client_id, outcome
+            yield client_id, with_arrival(outcome, found.pop(client_id, None))
             del outcome  # not while the next client trains
 
     def _cohort_training(self, server: ServerState) -> CohortTraining:
@@ -407,16 +420,16 @@ class FederatedTrainer:
         dataset = self.dataset[client_id]["train"]
         return Turn(self._place, self._routers, client_id, dataset, private, self._round, state)
 
-    def _arrived(self, turn: Turn) -> PrivateState:
-        """The private tensors with which a client goes to work."""
-        return turn.private if self._arrival is None else self._arrival(turn)
+    def _arrived(self, turn: Turn) -> Arrived:
+        """What a client finds before it goes to work."""
+        return Arrived(turn.private) if self._arrival is None else self._arrival(turn)
 
     def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
         """The routers, (1, L, C), that clients have kept; where they are found on arrival, those of all clients."""
         if self._arrival is None:
             return self._kept_routers(name)
         visits = self._visits(self.dataset, self._private, split="train")
-        found = [(k, {name: self._arrived(self._turn(k, private()))[name]}) for k, private in visits]
+        found = [(k, {name: self._arrived(self._turn(k, private())).private[name]}) for k, private in visits]
         return self._told([item for part in self.processes.gather(pack_states(found)) for item in unpack_states(part)])
 
     def _kept_routers(self, name: str) -> dict[ClientId, Tensor]:
@@ -449,7 +462,11 @@ class FederatedTrainer:
 
     def _first_state(self, wanted: str | Path | bool | None) -> ServerState:
         """The server's state with which training begins: a checkpoint's, or what the model holds."""
-        held = ServerState.of(self.model, self._groups)
+        if self._update.needs_difference:
+            start = torch.Generator().manual_seed(derive_seed(self.args.seed, "adaptors"))
+            separate_adaptors(self.model, START_STD, start)
+        memory = self._update.start(self._routers.shape[-1]) if self._routers is not None else {}
+        held = ServerState.of(self.model, self._groups, memory)
         mine = self._identity
 
         def read() -> Message:
@@ -463,8 +480,8 @@ class FederatedTrainer:
                 f"process {self.processes.rank} runs something else than process 0: {name} is {mine[name]!r} here and "
                 f"{mains[name]!r} there. Start all processes with the same settings and data."
             )
-        (remembered, value), tensors = self.processes.on_main(read)
-        restore(remembered, self.state, self.callback_handler.callbacks)
+        (trainer, value), tensors = self.processes.on_main(read)
+        restore(trainer, self.state, self.callback_handler.callbacks)
         return held.of_message((value, tensors))
 
     def _install_routers(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from floral_peft.federated.batches import Batch, Collator, Examples, ordered_bat
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups
+from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
@@ -54,7 +56,7 @@ class Turn:
         dataset: Its training examples.
         private: Its private tensors.
         round: The rounds done.
-        state: The server's state; None where the model holds it already.
+        state: The server's state, in training; None in evaluation, where the model holds it already.
     """
 
     def __init__(
@@ -71,8 +73,8 @@ class Turn:
         self._routers = routers
         self._client_id = client_id
         self._dataset = dataset
-        self._round = round
         self._state = state
+        self.round = round
         self.private = private
         self.num_examples = len(dataset)
 
@@ -96,6 +98,11 @@ class Turn:
         if self._routers is None:
             raise ValueError("the model has no router.")
         return self._routers
+
+    @property
+    def memory(self) -> Mapping[str, Tensor] | None:
+        """What the server remembers of the routers, in training; None in evaluation."""
+        return None if self._state is None else self._state.routing
 
     def with_logits(self, logits: Tensor) -> PrivateState:
         """The client's private tensors, but with another router.
@@ -130,11 +137,13 @@ class Turn:
         place, args = self._place, self._place.args
         device = place.accelerator.device
         # A dataset's transform may draw from the global generators.
-        seed_generators(derive_seed(args.seed, "relearn", self._round, self._client_id), device)
+        seed_generators(derive_seed(args.seed, "relearn", self.round, self._client_id), device)
         place.visitor.load(self.private, self._state)
         place.model.eval()
         examples = Examples(self._dataset, place.collator, device)
-        return examples.batches(ordered_batches(len(examples), args.per_device_eval_batch_size))
+        constants = place.forward.constants(self._dataset, examples)
+        batches = examples.batches(ordered_batches(len(examples), args.per_device_eval_batch_size))
+        return ((count, {**batch, **constants}) for count, batch in batches)
 
     @contextmanager
     def trained(self) -> Iterator[None]:
@@ -152,11 +161,34 @@ class Turn:
             place.visitor.load(self.private, before)
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """What a client has found on arrival.
+
+    Args:
+        private: The private tensors with which it trains, or is evaluated.
+        kept: Those of them that it keeps in place of what it trained with.
+        sums: What it tells the server for its sums over the cohort, float64 on the CPU: see [`RouterUpdate.sums`].
+    """
+
+    private: PrivateState
+    kept: PrivateState = field(default_factory=dict)
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def with_arrival(outcome: Outcome, arrived: Arrived | None) -> Outcome:
+    """What came of a client's training, with what it had found on arrival."""
+    if isinstance(outcome, Exception) or arrived is None:
+        return outcome
+    update, private = outcome
+    return replace(update, sums=arrived.sums), {**private, **arrived.kept}
+
+
 #: What a client does before it trains and before it is evaluated: finds its private tensors.
-Arrival = Callable[[Turn], PrivateState]
+Arrival = Callable[[Turn], Arrived]
 
 
-def relearn(turn: Turn) -> PrivateState:
+def relearn(turn: Turn) -> Arrived:
     """Find a router anew, for clients that keep nothing: π̂_c ∝ π_c exp(−η f_c) (METHOD: 3.4).
 
     This is one step of exponentiated gradient, where f_c is the loss of the pure model in which every layer uses
@@ -164,7 +196,7 @@ def relearn(turn: Turn) -> PrivateState:
     the router stays the one to start with.
     """
     if not turn.num_examples:
-        return turn.private
+        return Arrived(turn.private)
     args, routers = turn.args, turn.routers
     rate = args.learning_rate if args.router_learning_rate is None else args.router_learning_rate
-    return turn.with_logits(routers.less(turn.private[routers.name], rate * turn.pure_losses()))
+    return Arrived(turn.with_logits(routers.less(turn.private[routers.name], rate * turn.pure_losses())))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from floral_peft.federated import Arrival, FederatedArguments, Group, Turn, register_method
+from floral_peft.federated import Arrival, Arrived, FederatedArguments, Group, Turn, register_method
 from floral_peft.federated.batches import Batch
 from floral_peft.federated.forward import Forward, LossFunction, Prediction, is_classification
-from floral_peft.federated.server import PrivateState
 from floral_peft.methods.ensemble import EnsembleMethod
 from floral_peft.tuner import Ensemble, Role, mixed
 
@@ -52,6 +51,8 @@ class MixtureForward(Forward):
         loss_fn: Loss of one model's outputs and the labels.
     """
 
+    discounts_labels = False
+
     def __init__(self, model: Ensemble, loss_fn: LossFunction | None = None) -> None:
         super().__init__(model.members[0], loss_fn)
         self._ensemble = model
@@ -85,14 +86,14 @@ class MixtureForward(Forward):
         return torch.stack([torch.func.vmap(loss)(output, labels) for output in outputs])
 
 
-def mean_posterior(turn: Turn) -> PrivateState:
+def mean_posterior(turn: Turn) -> Arrived:
     """The client's private tensors with π_c ← the mean of q_c over its training examples."""
     if not turn.num_examples:
-        return turn.private
+        return Arrived(turn.private)
     mixture = turn.routers.mixture_of(turn.private[turn.routers.name])
 
     def posteriors(batch: Batch, count: int) -> Tensor:
         losses = turn.forward.losses(batch)
         return (mixture.to(losses).log().view(-1, 1) - losses).softmax(dim=0).sum(dim=1)
 
-    return turn.with_logits(turn.routers.of_mixture(turn.total(posteriors) / turn.num_examples))
+    return Arrived(turn.with_logits(turn.routers.of_mixture(turn.total(posteriors) / turn.num_examples)))

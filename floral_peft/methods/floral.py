@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from peft import get_peft_model
 from torch import nn
 
-from floral_peft.federated import Clustered, Group, Method, register_method
+from floral_peft.federated import Clustered, FederatedArguments, Group, Method, RouterUpdate, register_method
+from floral_peft.federated.routing import get_router_update
 from floral_peft.tuner import FloralConfig, Role
 
 
@@ -32,6 +33,10 @@ class Floral(Method):
             raise ValueError(
                 f'method "{self.name}" needs a model with FLORAL adaptors: get_peft_model(model, FloralConfig(...)).'
             )
+
+    def router_update(self, args: FederatedArguments, sampled: float) -> RouterUpdate:
+        """The one that `router_update` names."""
+        return get_router_update(args, sampled)
 
     def group(self, name: str, role: Role) -> Group:
         """Adaptors are clustered, the router is private, all else is shared."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from floral_peft.federated import Arrival, FederatedArguments, Turn, register_method
-from floral_peft.federated.server import PrivateState
+from floral_peft.federated import Arrival, Arrived, FederatedArguments, Turn, register_method
 from floral_peft.methods.ensemble import EnsembleMethod
 
 
@@ -23,8 +22,8 @@ class Ifca(EnsembleMethod):
         return None if args.optimal_routing else choose
 
 
-def choose(turn: Turn) -> PrivateState:
+def choose(turn: Turn) -> Arrived:
     """The client's private tensors with a router that is one-hot at the smallest loss, of equal ones at the first."""
     if not turn.num_examples:
-        return turn.private
-    return turn.with_logits(turn.routers.pure()[int(turn.pure_losses().argmin())])
+        return Arrived(turn.private)
+    return Arrived(turn.with_logits(turn.routers.pure()[int(turn.pure_losses().argmin())]))

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from floral_peft.federated import Group, register_method
+from floral_peft.federated import FederatedArguments, Group, RouterUpdate, register_method
+from floral_peft.federated.routing import Gradient
 from floral_peft.methods.floral import Floral
 from floral_peft.tuner import FloralConfig, Role
 
@@ -25,6 +26,10 @@ class LocalAdaptor(Floral):
     def prepare(self, model: nn.Module, adaptors: FloralConfig) -> nn.Module:
         """Put a single adaptor into the base model."""
         return super().prepare(model, replace(adaptors, num_adaptors=1, router_top_k=None))
+
+    def router_update(self, args: FederatedArguments, sampled: float) -> RouterUpdate:
+        """One adaptor leaves nothing to find."""
+        return Gradient(args, sampled)
 
     def group(self, name: str, role: Role) -> Group:
         """The adaptor is private, as is the router, which has nothing to choose; all else is shared."""

@@ -11,6 +11,7 @@ from floral_peft.tuner.pure import PureModels, pure_losses
 from floral_peft.tuner.registration import register
 from floral_peft.tuner.roles import Role, parameter_roles, private_buffers
 from floral_peft.tuner.router import Router
+from floral_peft.tuner.symmetry import separate_adaptors
 
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "pure_losses",
     "register",
     "reinitialized",
+    "separate_adaptors",
 ]

@@ -247,6 +247,7 @@ class Router(nn.Module):
             logits = logits.float()
         if len(logits) > 1:
             logits = logits.index_select(0, selection.client)
+        table = logits
         noise = selection.noise.get(adapter_name)
         if noise is not None:
             logits = logits + noise
@@ -255,7 +256,11 @@ class Router(nn.Module):
             logits = logits + torch.full_like(logits, -torch.inf).scatter(-1, kept, 0.0)
         if settings.temperature != 1:
             logits = logits / settings.temperature
-        return torch.softmax(logits, dim=-1)
+        pi = torch.softmax(logits, dim=-1)
+        if not settings.straight_through:
+            return pi
+        centered = table - table.mean(dim=-1, keepdim=True)  # a common shift of all logits changes nothing
+        return pi.detach() + (centered - centered.detach())
 
     @torch.no_grad()
     def read(self, adapter_name: str, rows: Tensor) -> Tensor:
@@ -288,7 +293,12 @@ def _scaled(mixture: Tensor, scale: float, like: Tensor) -> Tensor:
 
 @dataclass
 class RouterSettings:
-    """The router's part of a FloralConfig."""
+    """The router's part of a FloralConfig.
+
+    Attributes:
+        straight_through: The logits' gradient is ∂L/∂π, less its mean, as if the softmax were linear.
+        row_by_name: Client's name → its row; None where rows have no names.
+    """
 
     num_adaptors: int
     num_clients: int | None
@@ -296,6 +306,7 @@ class RouterSettings:
     noise: float
     top_k: int | None
     per_layer: bool
+    straight_through: bool = False
     row_by_name: dict[str | int, int] | None = None
 
     @classmethod

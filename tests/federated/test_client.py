@@ -78,7 +78,8 @@ def test_the_payload_holds_the_allow_list_and_nothing_of_the_router(tmp_path: Pa
     groups = train.trainer._groups
     assert set(update.deltas) == set(groups.public)
     assert set(private) == set(groups.private)
-    assert vars(update).keys() == {"client_id", "round", "num_examples", "usage", "deltas", "train_loss"}
+    assert vars(update).keys() == {"client_id", "round", "num_examples", "usage", "deltas", "train_loss", "sums"}
+    assert not update.sums
     assert (private[groups.private[0]] != 0).any()
 
 

@@ -74,6 +74,7 @@ def test_a_rounds_record_has_its_fields(tmp_path: Path) -> None:
         "update_norm",
         "router_entropy",
         "usage",
+        "switches",
         "mismatch",
         "bytes_down",
         "bytes_up",

@@ -1,0 +1,98 @@
+"""A way in which clients find their routers, known by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from floral_peft.federated.arguments import FederatedArguments
+from floral_peft.federated.turn import Arrival
+from floral_peft.nearest import did_you_mean
+from floral_peft.tuner.router import RouterSettings
+
+
+class RouterUpdate:
+    """Base class of the ways in which clients find their routers. As it stands, local steps train them.
+
+    A subclass changes what it needs: how the model computes mixtures while clients train (`settings`), what a client
+    does with its examples before its local steps (`arrival`), and what the server remembers from round to round
+    (`start`, `absorb`) of what clients tell it (`sums`). The server learns of routers weighted sums over the cohort
+    only, which secure aggregation could carry; a client's logits never leave it.
+
+    Args:
+        args: The run's settings.
+        sampled: The share of the clients that take part in a round.
+    """
+
+    name: ClassVar[str]
+    #: Whether the adaptors must not start equal, or nothing could be told apart.
+    needs_difference: ClassVar[bool] = False
+    #: Whether training and the choice of adaptors discount the labels that a client happens to have.
+    discounts_labels: ClassVar[bool] = False
+
+    def __init__(self, args: FederatedArguments, sampled: float = 1.0) -> None:
+        self.args = args
+        self.sampled = sampled
+
+    def settings(self, settings: RouterSettings) -> RouterSettings:
+        """How the model's router computes mixtures while it visits clients.
+
+        Args:
+            settings: As its config says.
+        """
+        return settings
+
+    def arrival(self) -> Arrival | None:
+        """What a client does before its local steps, and before it is evaluated: see [`Method.arrival`]."""
+        return None
+
+    def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
+        """What clients tell the server for its sum over the cohort: name → shape."""
+        return {}
+
+    def start(self, num_adaptors: int) -> dict[str, Tensor]:
+        """What the server remembers before the first round: name → float64 on the CPU. Clients are told all of it."""
+        return {}
+
+    def absorb(self, memory: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the server remembers after a round.
+
+        Args:
+            memory: What it remembered before.
+            sums: The cohort's sums.
+        """
+        return dict(memory)
+
+
+_UPDATES: dict[str, type[RouterUpdate]] = {}
+
+
+def register_router_update(kind: type[RouterUpdate]) -> type[RouterUpdate]:
+    """Class decorator: make a way to find routers available as `router_update`, under its `name`.
+
+    Raises:
+        ValueError: Another class has the name.
+    """
+    if _UPDATES.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f'"{kind.name}" is registered already: {_UPDATES[kind.name].__qualname__}.')
+    return kind
+
+
+def get_router_update(args: FederatedArguments, sampled: float = 1.0) -> RouterUpdate:
+    """The way that the settings name.
+
+    Args:
+        args: The run's settings.
+        sampled: The share of the clients that take part in a round.
+
+    Raises:
+        ValueError: None has the name.
+    """
+    name = args.router_update
+    if name not in _UPDATES:
+        known = sorted(_UPDATES)
+        raise ValueError(f"router_update={name!r} must be one of {', '.join(known)}{did_you_mean(name, known)}")
+    return _UPDATES[name](args, sampled)
