@@ -155,6 +155,10 @@ class FederatedArguments:
     )
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16 mixed precision."})
     fp16: bool = field(default=False, metadata={"help": "Train in float16 mixed precision. Prefer bf16."})
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Recompute activations in the backward pass: less memory, more time. transformers' models."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is an accelerator."})
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from floral_peft.federated.batches import Batch, Collator, Examples
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups
 from floral_peft.federated.local_steps import Pull, local_batches, norms_frozen, optimizer_groups, training_phases
+from floral_peft.federated.norms import resting_norms
 from floral_peft.federated.plain_sgd import PlainSGD
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
@@ -60,6 +61,7 @@ class LocalTraining:
         self._accelerator = accelerator
         self._collator = collator
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._resting = list(resting_norms(model).values())
 
     def __call__(
         self, client_id: ClientId, dataset: Dataset, private: PrivateState, state: ServerState
@@ -88,6 +90,8 @@ class LocalTraining:
         order = torch.Generator().manual_seed(derive_seed(self._args.seed, "shuffle", round, client_id))
         self._visitor.load(private, state)
         self._model.train()
+        for norm in self._resting:
+            norm.eval()
         examples = Examples(dataset, self._collator, self._accelerator.device)
         constants = self._forward.constants(dataset, examples)
         parameters = dict(self._model.named_parameters())

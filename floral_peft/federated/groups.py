@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from floral_peft.federated.norms import resting_norms
 from floral_peft.tuner import Role, parameter_roles, private_buffers
 
 
@@ -70,7 +71,7 @@ class ParameterGroups:
         """Ask a method about everything that trains in a model; a router belongs to its client in any case.
 
         Running statistics describe what the base computes: where it trains, the method is asked about them as about a
-        part of it.
+        part of it, except those of frozen norms, which rest.
 
         Raises:
             ValueError: The method does not fit the model, or the model has nothing to train.
@@ -99,13 +100,14 @@ class ParameterGroups:
 
 
 def _float_buffers(model: nn.Module, roles: Mapping[str, Role], private: Collection[str]) -> tuple[str, ...]:
-    """Floating-point buffers that a checkpoint of the model holds, except private ones and a router's."""
-    routers = tuple(name.rsplit(".", 2)[0] + "." for name, role in roles.items() if role.kind == "router")
+    """Floating-point buffers that a checkpoint of the model holds, except private, a router's and resting norms'."""
+    routers = [name.rsplit(".", 2)[0] for name, role in roles.items() if role.kind == "router"]
+    others = tuple(f"{name}." for name in (*routers, *resting_norms(model)))
     saved = model.state_dict(keep_vars=True)
     return tuple(
         name
         for name, buffer in model.named_buffers()
-        if name in saved and buffer.is_floating_point() and name not in private and not name.startswith(routers)
+        if name in saved and buffer.is_floating_point() and name not in private and not name.startswith(others)
     )
 
 

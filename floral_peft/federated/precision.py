@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from peft import PeftModel
+from torch import nn
 
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.processes import Processes
@@ -67,6 +69,21 @@ class TrainerAccelerator(Accelerator):
         dtype = _DTYPES.get(self._precision)
         with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
             yield
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Let a model recompute its activations in the backward pass (`gradient_checkpointing`).
+
+    Raises:
+        ValueError: It cannot.
+    """
+    try:
+        # transformers 5 has renamed the method; PEFT's models and the older ones know the old name.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    except (AttributeError, ValueError) as error:
+        who = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        raise ValueError(f"gradient_checkpointing=True: {who} cannot recompute its activations ({error}).") from error
 
 
 def _starts_on_cpu(args: FederatedArguments) -> bool:

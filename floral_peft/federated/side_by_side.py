@@ -21,6 +21,7 @@ from floral_peft.federated.forward import Forward
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.lanes import Lane, Pack, chosen_rows, next_group, pack, stacked_batch
 from floral_peft.federated.local_steps import Pull, local_batches, norms_frozen, optimizer_groups, training_phases
+from floral_peft.federated.norms import resting_norms
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.seeding import ClientId, derive_seed
 from floral_peft.federated.server import PrivateState, ServerState
@@ -81,6 +82,7 @@ class SideBySide:
         self._collator = collator
         self.failure: str | None = None
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._resting = list(resting_norms(model).values())
         if args.fp16:
             raise ValueError("fp16=True scales the loss, client by client: use bf16=True")
         reason = unserved(args.build_optimizer([{"params": [torch.zeros(1)]}]))
@@ -131,6 +133,8 @@ class SideBySide:
         self._visitor.load({}, state)  # loading may have used the model
         stacked = self._stack([private for _, private in entered], held)
         self._model.train()
+        for norm in self._resting:
+            norm.eval()
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         packed = pack(lanes, self._accelerator.device)
         for phase in training_phases(trainable, self._groups, self._args.alternating):

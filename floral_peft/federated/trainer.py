@@ -33,7 +33,7 @@ from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.identity import Identity, differing, identity
 from floral_peft.federated.lock import locked
 from floral_peft.federated.method import Method, get_method
-from floral_peft.federated.precision import TrainerAccelerator
+from floral_peft.federated.precision import TrainerAccelerator, checkpoint_gradients
 from floral_peft.federated.probe import probe
 from floral_peft.federated.processes import Message, ProcessError, pack_states, unpack_states
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
@@ -114,6 +114,8 @@ class FederatedTrainer:
         self.accelerator = TrainerAccelerator(args)
         self.processes = self.accelerator.processes
         self.model: Any = model.to(self.accelerator.device)
+        if args.gradient_checkpointing:
+            checkpoint_gradients(model)
         self.processes.copy_from_main(tensors_of(model).values())
         self._collator: Collator = data_collator or default_data_collator
         self._compute_metrics = compute_metrics

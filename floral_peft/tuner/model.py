@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
@@ -23,6 +19,7 @@ from floral_peft.tuner.clients import Clients
 from floral_peft.tuner.config import REPARAMETRIZED
 from floral_peft.tuner.layers import FloralLayer, Norm, is_norm, layer_class
 from floral_peft.tuner.router import Router, RouterSettings
+from floral_peft.tuner.targets import TARGET_MODULES
 from floral_peft.tuner.tied import sharing_layers
 
 
@@ -45,7 +42,7 @@ class FloralModel(Clients, BaseTuner):
     uses_shared_state = True
     prefix = "floral_"
     tuner_layer_cls = FloralLayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TARGET_MODULES
 
     # Injection
 
