@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from floral_peft.tuner import precondition_gradients
+from floral_peft.tuner import clip_steps, precondition_gradients
 
 
 def precondition_stacked(
@@ -20,13 +21,46 @@ def precondition_stacked(
         factors: Factors by name, A (clients, C, r, ...) and B (clients, out, C, r, ...).
         gradients: Their gradients by name, where there are any; they are replaced.
     """
+    _on_wide(precondition_gradients, pairs, factors, gradients)
+
+
+def clip_steps_stacked(
+    pairs: Sequence[tuple[str, str]],
+    factors: Mapping[str, Tensor],
+    weights: Iterable[str],
+    gradients: dict[str, Tensor],
+    max_norm: float,
+) -> None:
+    """`clip_steps` for every client at once.
+
+    Args:
+        pairs: As above.
+        factors: As above.
+        weights: The names of the base weights.
+        gradients: The gradients of both by name, (clients, ...), where there are any; they are replaced.
+        max_norm: Most that a weight may move.
+    """
+    for name in weights:
+        if (gradient := gradients.get(name)) is not None:
+            norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+            gradients[name] = gradient * (max_norm / norms).clamp(max=1.0).view(-1, *[1] * (gradient.dim() - 1))
+    _on_wide(partial(clip_steps, max_norm=max_norm), pairs, factors, gradients)
+
+
+def _on_wide(
+    function: Callable[[list[tuple[Tensor, Tensor]]], None],
+    pairs: Sequence[tuple[str, str]],
+    factors: Mapping[str, Tensor],
+    gradients: dict[str, Tensor],
+) -> None:
+    """Let a function change the gradients of all clients' adaptors as if they were one client's."""
     wide: list[tuple[Tensor, Tensor]] = []
     for first, second in pairs:
         a, b = _wide_a(factors[first]), _wide_b(factors[second])
         a.grad = _wide_a(gradients[first]) if first in gradients else None
         b.grad = _wide_b(gradients[second]) if second in gradients else None
         wide.append((a, b))
-    precondition_gradients(wide)
+    function(wide)
     for names, (a, b) in zip(pairs, wide, strict=True):
         first, second = names
         if a.grad is not None:

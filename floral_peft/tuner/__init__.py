@@ -1,6 +1,7 @@
 """The tuner: what goes into a model. It knows nothing of rounds."""
 
 from floral_peft.tuner.centering import center_adaptors
+from floral_peft.tuner.clip import base_weights, clip_steps
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
 from floral_peft.tuner.export import Exported, export_client
@@ -23,7 +24,9 @@ __all__ = [
     "PureModels",
     "Role",
     "Router",
+    "base_weights",
     "center_adaptors",
+    "clip_steps",
     "export_client",
     "factor_pairs",
     "mixed",

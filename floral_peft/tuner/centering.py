@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.layers.factored import FactoredLayer
 from floral_peft.tuner.layers.norm import Norm
+from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor
 from floral_peft.tuner.tied import sharing_layers
 
 
@@ -47,9 +48,11 @@ def center_adaptors(model: nn.Module, weights: Tensor) -> dict[str, float]:
                 f"Layer {layer.name} shares its weight with {', '.join(sharing[layer.name])}, which the adaptors' "
                 "mean would change too. Untie them first, or use FloralConfig(shared_r=...) with a frozen base."
             )
-    plans = [(layer, *_target(layer), _mean_of(layer, weights)) for layer in layers]
+    targets = [(layer, *_target(layer)) for layer in layers]
+    means = [mean_weights(layer, adapter_name, weights) for layer, adapter_name, _ in targets]
     return {
-        layer.name: _center(layer, adapter_name, into_base, mean) for layer, adapter_name, into_base, mean in plans
+        layer.name: _center(layer, adapter_name, into_base, mean)
+        for (layer, adapter_name, into_base), mean in zip(targets, means, strict=True)
     }
 
 
@@ -59,7 +62,7 @@ def _target(layer: FloralLayer) -> tuple[str, bool]:
     if len(names) != 1:
         raise ValueError(f"Layer {layer.name} has {len(names)} active adapters; centering needs one: `set_adapter`.")
     shared = any(names[0] in getattr(layer, name) for name in layer.adapter_layer_names if "shared" in name)
-    trains = all(parameter.requires_grad for parameter in layer.get_base_layer().parameters(recurse=False))
+    trains = base_trains(layer)
     if not trains and not shared:
         raise ValueError(
             f"Layer {layer.name} has nowhere to put the adaptors' mean: its base is frozen and there is no shared "
@@ -68,16 +71,24 @@ def _target(layer: FloralLayer) -> tuple[str, bool]:
     return names[0], trains
 
 
-def _mean_of(layer: FloralLayer, weights: Tensor) -> Tensor:
-    adaptors = getattr(layer, layer.adapter_layer_names[0])
-    name = next(name for name in layer.active_adapters if layer.holds(name))
-    count, slots = len(adaptors[name]), layer.router.logits[name].shape[1]
+def base_trains(layer: FloralLayer) -> bool:
+    """Whether a layer's base parameters train."""
+    return all(parameter.requires_grad for parameter in layer.get_base_layer().parameters(recurse=False))
+
+
+def mean_weights(layer: FloralLayer, adapter_name: str, weights: Tensor) -> Tensor:
+    """p(c) of one layer, (C,), float64, of weights (C,) or (L, C).
+
+    Raises:
+        ValueError: they are no weights.
+    """
+    _, slots, count = layer.router.logits[adapter_name].shape
     if weights.dim() == 2 and len(weights) != slots:
         raise ValueError(
             f"Layer {layer.name}: weights have the shape {tuple(weights.shape)}, expected (C,) or, with "
             f"`router_per_layer`, a row per layer; here a client has {slots} routers."
         )
-    row = weights[layer.slot[name]] if weights.dim() == 2 else weights
+    row = weights[layer.slot[adapter_name]] if weights.dim() == 2 else weights
     if row.shape != (count,) or not bool((row >= 0).all()) or not bool(row.isfinite().all()) or float(row.sum()) <= 0:
         raise ValueError(
             f"Layer {layer.name}: weights must be {count} numbers of at least 0 with a sum above 0, "
@@ -91,33 +102,68 @@ def _center(layer: FloralLayer, adapter_name: str, into_base: bool, mean: Tensor
         return _center_norm(layer, adapter_name, into_base, mean)
     if not isinstance(layer, FactoredLayer):
         raise TypeError(f"Layer {layer.name}: a {type(layer).__name__} cannot be centered.")
+    error = share_mean(layer, adapter_name, into_base, mean)
+    return max(error, truncate(layer, adapter_name, layer.r[adapter_name], less=mean))
+
+
+def share_mean(layer: FactoredLayer, adapter_name: str, into_base: bool, mean: Tensor) -> float:
+    """Add the adaptors' mean to what all clients have, and take that of the biases from the adaptors.
+
+    Args:
+        layer: the layer.
+        adapter_name: its adapter.
+        into_base: whether the base takes the mean, else the shared adaptor.
+        mean: p(c), (C,), float64.
+
+    Returns:
+        The largest relative error that this makes.
+    """
     factors = layer.factors(adapter_name)
     mean = mean.to(factors.a.device)
-    a, b = _as_matrices(factors.a, factors.b)  # (C, r, n), (C, m, r)
     errors = [0.0]
     if into_base:
         base: Any = layer.get_base_layer()
         delta = layer.delta_weight(factors, mean[None].to(factors.a.dtype))
         errors.append(_add(base.weight, delta))
     elif factors.shared_a is not None and factors.shared_b is not None:
-        shared_a, shared_b = _as_matrices(factors.shared_a, factors.shared_b)
+        a, b = as_matrices(factors.a, factors.b)  # (C, r, n), (C, m, r)
+        shared_a, shared_b = as_matrices(factors.shared_a, factors.shared_b)
         rows = torch.cat([a.flatten(0, 1), shared_a.flatten(0, 1)])
-        columns = torch.cat([_columns(b), _columns(shared_b)], dim=1)
+        columns = torch.cat([as_columns(b), as_columns(shared_b)], dim=1)
         coefficients = torch.cat([mean.repeat_interleave(a.shape[1]), mean.new_ones(shared_a.shape[1])])
-        new_a, new_b, error = refactor(rows, columns, coefficients[None], shared_a.shape[1])
-        _write(factors.shared_a, factors.shared_b, new_a, new_b)
+        first, second, error = refactor(rows, columns, coefficients[None], shared_a.shape[1])
+        new_a, new_b = as_factors(first, second, factors.shared_a, factors.shared_b)
+        factors.shared_a.copy_(new_a)
+        factors.shared_b.copy_(new_b)
         errors.append(error)
     if adapter_name in layer.floral_bias:
         values = layer.floral_bias[adapter_name]
         common = torch.tensordot(mean.to(values), values, dims=1)
         errors.append(_receive(layer, "bias", adapter_name, into_base, common))
         values.sub_(common)
-    difference = torch.eye(len(mean), dtype=mean.dtype, device=mean.device) - mean
-    new_a, new_b, error = refactor(
-        a.flatten(0, 1), _columns(b), difference.repeat_interleave(a.shape[1], dim=1), a.shape[1]
-    )
-    _write(factors.a, factors.b, new_a, new_b)
-    return max(*errors, error)
+    return max(errors)
+
+
+def truncate(layer: FactoredLayer, adapter_name: str, rank: int, less: Tensor | None = None) -> float:
+    """Make of a layer's adaptors their best approximations of a rank, singular values split evenly.
+
+    Args:
+        layer: the layer.
+        adapter_name: its adapter.
+        rank: the new rank.
+        less: p(c), (C,), float64: the adaptors' mean under it is taken from them before.
+
+    Returns:
+        The largest relative error of an adaptor.
+    """
+    factors = layer.factors(adapter_name)
+    a, b = as_matrices(factors.a, factors.b)
+    kept = torch.eye(len(a), dtype=torch.float64, device=a.device)
+    if less is not None:
+        kept = kept - less.to(a.device)
+    first, second, error = refactor(a.flatten(0, 1), as_columns(b), kept.repeat_interleave(a.shape[1], dim=1), rank)
+    layer.set_factors(adapter_name, *as_factors(first, second, factors.a, factors.b))
+    return error
 
 
 def _center_norm(layer: Norm, adapter_name: str, into_base: bool, mean: Tensor) -> float:
@@ -144,53 +190,3 @@ def _add(target: Tensor, delta: Tensor) -> float:
     size = float(delta.double().norm())
     error = float((target.double() - before - delta.double()).norm()) / size if size else 0.0
     return error if error > torch.finfo(delta.dtype).eps ** 0.5 else 0.0
-
-
-def refactor(rows: Tensor, columns: Tensor, coefficients: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Best rank-r factors of sums of rank-one terms, without ever making the matrices.
-
-    Each of the C matrices is M_c = Σ_i coefficients[c, i] · columns[:, i] rows[i]ᵀ. With columns = Q R and rowsᵀ = P S
-    it is Q (R diag(coefficients_c) Sᵀ) Pᵀ, whose small core is decomposed.
-
-    Args:
-        rows: (R, n).
-        columns: (m, R).
-        coefficients: (C, R).
-        rank: r.
-
-    Returns:
-        First factors (C, r, n), second factors (C, m, r) with singular values split evenly, and the largest relative
-        error of the C matrices. Where a matrix has a smaller rank, the factors are filled up with zeros.
-    """
-    q, upper = torch.linalg.qr(columns.double())
-    p, lower = torch.linalg.qr(rows.double().T)
-    core = (upper * coefficients.double()[:, None, :]) @ lower.T
-    u, sigma, v = torch.linalg.svd(core, full_matrices=False)
-    kept = min(rank, sigma.shape[-1])
-    root = sigma[:, :kept].sqrt()
-    second = q @ (u[:, :, :kept] * root[:, None, :])
-    first = (root[:, :, None] * v[:, :kept]) @ p.T
-    total = sigma.square().sum(-1)
-    lost = sigma[:, kept:].square().sum(-1)
-    error = torch.where(total > 0, lost / total, 0.0).sqrt().max()
-    if kept < rank:
-        first = nn.functional.pad(first, (0, 0, 0, rank - kept))
-        second = nn.functional.pad(second, (0, rank - kept))
-    return first, second, float(error)
-
-
-def _as_matrices(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(C, r, in...) and (out, C, r, kernel...) as (C, r, n) and (C, m, r), m counting (out, kernel)."""
-    return a.flatten(2), b.movedim(0, 2).flatten(2).mT
-
-
-def _columns(b: Tensor) -> Tensor:
-    """(C, m, r) as (m, C·r)."""
-    return b.movedim(0, 1).flatten(1)
-
-
-def _write(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> None:
-    """The inverse of `_as_matrices`, in place."""
-    a.copy_(new_a.view(a.shape))
-    out, c, r, *kernel = b.shape
-    b.copy_(new_b.mT.reshape(c, r, out, *kernel).movedim(2, 0))

@@ -16,10 +16,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from floral_peft.tuner.centering import refactor
 from floral_peft.tuner.compute import composed_kernel
 from floral_peft.tuner.layers import Conv, Embedding, FloralLayer, Linear
 from floral_peft.tuner.layers.factored import FactoredLayer
+from floral_peft.tuner.low_rank import refactor
 from floral_peft.tuner.plain import saved_whole, wrapped_modules
 
 

@@ -19,11 +19,12 @@ from floral_peft.tuner.clients import Clients
 from floral_peft.tuner.config import REPARAMETRIZED
 from floral_peft.tuner.layers import FloralLayer, Norm, is_norm, layer_class
 from floral_peft.tuner.router import Router, RouterSettings
+from floral_peft.tuner.shrinking import Shrinking
 from floral_peft.tuner.targets import TARGET_MODULES
 from floral_peft.tuner.tied import sharing_layers
 
 
-class FloralModel(Clients, BaseTuner):
+class FloralModel(Clients, Shrinking, BaseTuner):
     """A model whose target layers have C adaptors, mixed by a router per client (FLoRAL, CPAL 2025).
 
     Made by `get_peft_model(model, FloralConfig(...))`; the methods below can be called on the PeftModel.

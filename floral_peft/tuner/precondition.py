@@ -60,7 +60,7 @@ def precondition_gradients(factors: nn.Module | Iterable[Pair], damping: float =
 def _precondition_vectors(pairs: list[Pair], damping: float) -> None:
     """Of rank one: every Gram matrix is a number, and those of all layers' adaptors stand in one vector."""
     counts = [len(a) for a, _ in pairs]
-    dtype = _at_least_float32(pairs[0][0].dtype)
+    dtype = at_least_float32(pairs[0][0].dtype)
     gram_a = torch.cat([_norms(a, 0, dtype) for a, _ in pairs]).square_()
     gram_b = torch.cat([_norms(b, 1, dtype) for _, b in pairs]).square_()
     epsilon = (gram_a + gram_b).mul_(damping / 2)
@@ -101,9 +101,10 @@ def _solve(gram: Tensor, gradients: list[Tensor]) -> None:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     """Factors (C, r, ...) as matrices (layers, C, r, n), in float32 at least."""
-    rows = [tensor.flatten(2).to(_at_least_float32(tensor.dtype)) for tensor in tensors]
+    rows = [tensor.flatten(2).to(at_least_float32(tensor.dtype)) for tensor in tensors]
     return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """A precision in which Gram matrices of factors can be computed."""
     return torch.promote_types(dtype, torch.float32)

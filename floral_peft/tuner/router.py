@@ -100,6 +100,22 @@ class Router(nn.Module):
         self.set_active(self.active_adapters)
         self.select(self.client.new_zeros(1))
 
+    def keep_adaptors(self, adapter_name: str, kept: Tensor) -> None:
+        """Forget the logits of all but some adaptors: each mixture is that of those left, again with sum 1.
+
+        Args:
+            adapter_name: the adapter.
+            kept: the adaptors' numbers, int64.
+        """
+        old, settings = self.logits[adapter_name], self.settings[adapter_name]
+        values = old.detach().index_select(-1, kept.to(old.device))
+        self.logits[adapter_name] = nn.Parameter(values, requires_grad=False)
+        self.set_requires_grad([adapter_name], old.requires_grad)
+        settings.num_adaptors = len(kept)
+        if settings.top_k is not None:
+            settings.top_k = min(settings.top_k, len(kept))
+        self.select(self.client)
+
     def upcast(self, adapter_name: str) -> None:
         """Keep an adapter's table in float32 from now on, as PEFT does with adapter weights in half precision."""
         table = self.logits[adapter_name]

@@ -10,7 +10,7 @@ from torch import nn
 
 from floral_peft import FloralConfig
 from floral_peft.tuner import center_adaptors
-from floral_peft.tuner.centering import refactor
+from floral_peft.tuner.low_rank import refactor
 
 from .models import get_peft_model
 from .reference import adaptor_weight, randomize, relative_error

@@ -103,6 +103,22 @@ class FloralLayer(nn.Module, BaseTunerLayer):
         """Whether the layer has adaptors of that adapter."""
         return adapter_name in self.slot
 
+    def keep_adaptors(self, adapter_name: str, kept: Tensor) -> None:
+        """Keep only some of an adapter's adaptors, as new parameters.
+
+        Args:
+            adapter_name: the adapter.
+            kept: the adaptors' numbers, int64.
+        """
+        for attribute in self.adapter_layer_names:
+            table = getattr(self, attribute)
+            if adapter_name in table and "shared" not in attribute:
+                old = table[adapter_name]
+                axis = int(attribute == "floral_B")
+                values = old.detach().index_select(axis, kept.to(old.device))
+                table[adapter_name] = nn.Parameter(values, requires_grad=old.requires_grad)
+        self._cache.clear()
+
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The active adapters' low-rank factors (A, B), if any: (C, r, in...) and (out, C, r, kernel...)."""
         return []

@@ -68,6 +68,13 @@ class ReparametrizedBatchNorm(Norm):
         self.floral_var[adapter_name] = base.running_var.detach().repeat(config.num_adaptors, 1)
 
     @override
+    def keep_adaptors(self, adapter_name: str, kept: Tensor) -> None:
+        super().keep_adaptors(adapter_name, kept)
+        for statistics in (self.floral_mean, self.floral_var):
+            old = statistics[adapter_name]
+            statistics[adapter_name] = old.index_select(0, kept.to(old.device))
+
+    @override
     def tables(self, adapter_name: str) -> dict[str, Tensor]:
         tables = super().tables(adapter_name)
         ratio, shift = self._relative(adapter_name)

@@ -29,8 +29,14 @@ class Embedding(FactoredLayer):
         super().add_adaptors(adapter_name, config, rank)
         padding = self.get_base_layer().padding_idx
         if padding is not None:
-            with torch.no_grad():
-                self.floral_A[adapter_name][:, :, padding] = 0
+            self.floral_A[adapter_name].detach()[:, :, padding] = 0
+
+    @override
+    def set_factors(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
+        padding = self.get_base_layer().padding_idx
+        if padding is not None and not self.floral_A[adapter_name].detach()[:, :, padding].any():
+            a = a.index_fill(2, torch.tensor(padding, device=a.device), 0.0)  # rounding may have left something
+        super().set_factors(adapter_name, a, b)
 
     @override
     def _may_run_base(self) -> bool:

@@ -96,18 +96,19 @@ class FactoredLayer(FloralLayer):
     @override
     def add_adaptors(self, adapter_name: str, config: FloralConfig, rank: int | None) -> None:
         geometry = self.geometry(config)
-        if rank is not None:
-            r = rank
-        elif config.budget is not None:
-            r = rank_of_budget(config.budget, self.weight_numel(), geometry.numel_per_rank, config.min_rank)
-        else:
-            r = config.r
-        self.r[adapter_name] = r
+        self.r[adapter_name] = r = self.rank_by(config) if rank is None else rank
         has_bias = config.adapt_bias and geometry.bias > 0
         self._create("floral", adapter_name, config.num_adaptors, r, geometry, has_bias)
         if config.shared_r:
             self._create("floral_shared", adapter_name, 1, config.shared_r, geometry, has_bias)
         self._reset(adapter_name, config, geometry)
+
+    def rank_by(self, config: FloralConfig) -> int:
+        """The rank that a config's `r` or `budget` gives the layer."""
+        if config.budget is None:
+            return config.r
+        numel_per_rank = self.geometry(config).numel_per_rank
+        return rank_of_budget(config.budget, self.weight_numel(), numel_per_rank, config.min_rank)
 
     def _create(self, prefix: str, adapter_name: str, c: int, r: int, geometry: Geometry, bias: bool) -> None:
         shapes: dict[str, tuple[int, ...]] = {
@@ -142,6 +143,20 @@ class FactoredLayer(FloralLayer):
             _get(self.floral_shared_bias, adapter_name),
             self.scaling[adapter_name],
         )
+
+    def set_factors(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
+        """Replace the adaptors' factors by A (C, r, in...) and B (out, C, r, kernel...) of any rank r.
+
+        Where the rank changes, these become new parameters, of which an optimiser knows nothing yet.
+        """
+        for table, value in ((self.floral_A, a), (self.floral_B, b)):
+            old = table[adapter_name]
+            if old.shape == value.shape:
+                old.detach().copy_(value)
+            else:
+                table[adapter_name] = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+        self.r[adapter_name] = a.shape[1]
+        self._cache.clear()
 
     def fused_inputs(self, adapter_name: str, mixture: Tensor, x: Tensor) -> FusedInputs | None:
         """What a fused operation takes after the layer's input: W, b, A, B, β and s·π.

@@ -1,0 +1,79 @@
+"""Clipped steps: no base weight and no adaptor, as the matrix that it adds, moves far in one step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from floral_peft.tuner.precondition import Pair, at_least_float32, factor_pairs
+from floral_peft.tuner.roles import parameter_roles
+
+
+def base_weights(model: nn.Module) -> list[Tensor]:
+    """The base model's weights that train: its matrices and kernels, not its biases and scales."""
+    roles = parameter_roles(model)
+    return [
+        p for name, p in model.named_parameters() if roles[name].kind == "base" and p.requires_grad and p.dim() > 1
+    ]
+
+
+@torch.no_grad()
+def clip_steps(factors: nn.Module | Iterable[Pair], max_norm: float, weights: Iterable[Tensor] | None = None) -> None:
+    """Scale gradients down, in place, so that a step of rate 1 moves no weight by more than `max_norm`.
+
+        ‖G_W‖_F ≤ m for each base weight,    ‖G_B A + B G_A‖_F ≤ m for each adaptor (both gradients scaled alike)
+
+    The second is, to first order, the step of the adaptor's matrix B A. It is found through 2r × 2r Gram matrices,
+    never as a matrix of the weight's size. To be called last, after `precondition_gradients`. Biases and scales are
+    not clipped. Layers whose factors have one shape are computed in one batch.
+
+    Args:
+        factors: a model, or (in a loop, where the walk over the model would be repeated) its `factor_pairs`. Those
+            without a gradient are passed over.
+        max_norm: m, above 0.
+        weights: the base weights; of a model, its `base_weights` by default.
+
+    Raises:
+        ValueError: `max_norm` is not above 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm!r} must be above 0.")
+    if isinstance(factors, nn.Module):
+        weights = base_weights(factors) if weights is None else weights
+        factors = factor_pairs(factors)
+    gradients = [weight.grad for weight in weights or () if weight.grad is not None]
+    if gradients:
+        norms = torch._foreach_norm(gradients)
+        torch._foreach_mul_(gradients, list(_scales(torch.stack(norms), max_norm).unbind()))
+    batches: dict[tuple[object, ...], list[Pair]] = defaultdict(list)
+    for a, b in factors:
+        if a.grad is not None or b.grad is not None:
+            batches[a.dtype, a.device, a.shape, b.shape].append((a, b))
+    for batch in batches.values():
+        _clip_adaptors(batch, max_norm)
+
+
+def _clip_adaptors(pairs: list[Pair], max_norm: float) -> None:
+    """For layers of one shape; G_B A + B G_A = [G_B B] [A; G_A], so that its norm is one of Gram matrices."""
+    dtype = at_least_float32(pairs[0][0].dtype)
+    right = torch.stack([torch.cat([a, _gradient(a)], dim=1).flatten(2) for a, _ in pairs]).to(dtype)
+    left = torch.stack([torch.cat([_gradient(b), b], dim=2).movedim(0, 2).flatten(2) for _, b in pairs]).to(dtype)
+    squares = ((left @ left.mT) * (right @ right.mT)).sum(dim=(-2, -1))  # (layers, C)
+    scales = _scales(squares.clamp(min=0).sqrt(), max_norm)
+    for (a, b), scale in zip(pairs, scales, strict=True):
+        if a.grad is not None:
+            a.grad.mul_(scale.view(-1, *[1] * (a.dim() - 1)))
+        if b.grad is not None:
+            b.grad.mul_(scale.view(-1, *[1] * (b.dim() - 2)))
+
+
+def _gradient(factor: Tensor) -> Tensor:
+    return torch.zeros_like(factor) if factor.grad is None else factor.grad
+
+
+def _scales(norms: Tensor, max_norm: float) -> Tensor:
+    """min(1, m / norm), 1 for a norm of 0. A norm that is not finite stays visible in the gradient."""
+    return (max_norm / norms).clamp(max=1.0)

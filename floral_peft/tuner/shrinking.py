@@ -1,0 +1,146 @@
+"""Making an adapter smaller for good: fewer adaptors, or a lower rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from floral_peft.tuner.centering import base_trains, mean_weights, share_mean, truncate
+from floral_peft.tuner.layers import FloralLayer
+from floral_peft.tuner.layers.factored import FactoredLayer
+from floral_peft.tuner.low_rank import as_columns, as_matrices, spectra
+from floral_peft.tuner.router import Router
+from floral_peft.tuner.tied import sharing_layers
+
+
+class Shrinking:
+    """Mixin of a [`FloralModel`]: tensors shrink, and with them what is saved and sent.
+
+    Parameters that shrink are new objects: make optimisers anew afterwards.
+    """
+
+    if TYPE_CHECKING:
+        peft_config: dict[str, Any]
+        active_adapters: Any
+        floral_router: Router
+        model: nn.Module
+
+        def _check_not_merged(self, intent: str) -> None: ...
+
+        def _layers(self) -> Iterable[FloralLayer]: ...
+
+    def keep_adaptors(self, indices: Sequence[int] | Tensor, adapter_name: str | None = None) -> None:
+        """Keep only these adaptors; the others are gone from all layers and all clients' routers.
+
+        Each client's mixture becomes its softmax over those left: what it gave the others is shared out in proportion.
+
+        Args:
+            indices: numbers of the adaptors to keep, in their new order.
+            adapter_name: the adapter; by default, the first active one.
+
+        Raises:
+            ValueError: a number is missing, given twice, or no adaptor's; or a client's mixture is merged.
+            TypeError: an index is no int.
+        """
+        name = self._adapter(adapter_name)
+        config = self.peft_config[name]
+        kept = _checked(indices, config.num_adaptors)
+        self._check_not_merged("remove adaptors")
+        for layer in self._layers():
+            if layer.holds(name):
+                layer.keep_adaptors(name, kept)
+        self.floral_router.keep_adaptors(name, kept)
+        config.num_adaptors = len(kept)
+        if config.router_top_k is not None:
+            config.router_top_k = min(config.router_top_k, len(kept))
+
+    def compress(
+        self,
+        r: int | None = None,
+        budget: float | None = None,
+        weights: Tensor | None = None,
+        adapter_name: str | None = None,
+    ) -> dict[str, float]:
+        """Lower the rank of all adaptors to `r`, or to what a budget gives each layer; smaller ranks stay.
+
+        Each adaptor becomes its best approximation (truncated SVD, the singular values split evenly). Where a layer's
+        base trains and less is lost that way, the adaptors' mean goes into the base before (`center_adaptors`): the
+        rank is then spent on their differences. Norms, which have no rank, are left alone.
+
+        Args:
+            r: the new rank, or
+            budget: ρ in (0, 1], as in `FloralConfig`; one of the two.
+            weights: p(c), (C,), or (L, C) with `router_per_layer`: how much each adaptor counts. Uniform by default.
+            adapter_name: the adapter; by default, the first active one.
+
+        Returns:
+            Layer name → the share of the adaptors that is lost: √(Σ_c p(c) ‖lost_c‖² / Σ_c p(c) ‖B_c A_c‖²).
+
+        Raises:
+            ValueError: not one of `r` and `budget` is given, or an argument is out of range; or a client's mixture is
+                merged.
+        """
+        if (r is None) == (budget is None):
+            raise ValueError(f"compress takes a rank or a budget, got r={r!r} and budget={budget!r}.")
+        name = self._adapter(adapter_name)
+        config = self.peft_config[name]
+        wanted = replace(config, r=config.r if r is None else r, budget=budget, rank_pattern={})  # checks both
+        self._check_not_merged("compress its adaptors")
+        layers = [layer for layer in self._layers() if isinstance(layer, FactoredLayer) and layer.holds(name)]
+        counted = torch.ones(config.num_adaptors) if weights is None else weights
+        means = [mean_weights(layer, name, counted) for layer in layers]
+        tied = sharing_layers(self.model)
+        lost = {}
+        for layer, mean in zip(layers, means, strict=True):
+            rank = min(layer.r[name], layer.rank_by(wanted))
+            lost[layer.name] = _truncate(layer, name, rank, mean, base_trains(layer) and layer.name not in tied)
+            if rank != layer.rank_by(wanted):
+                wanted.rank_pattern[f"^{re.escape(layer.name)}"] = rank
+        config.r, config.budget, config.rank_pattern = wanted.r, wanted.budget, wanted.rank_pattern
+        return lost
+
+    def _adapter(self, adapter_name: str | None) -> str:
+        name: str = self.active_adapters[0] if adapter_name is None else adapter_name
+        if name not in self.peft_config:
+            raise ValueError(f"There is no adapter {name!r}; the model has {', '.join(self.peft_config)}.")
+        return name
+
+
+@torch.no_grad()
+def _truncate(layer: FactoredLayer, adapter_name: str, rank: int, mean: Tensor, may_center: bool) -> float:
+    """Truncate a layer's adaptors, centered before where that loses less. Returns the share that is lost."""
+    if rank == layer.r[adapter_name]:
+        return 0.0
+    a, b = as_matrices(layer.floral_A[adapter_name], layer.floral_B[adapter_name])
+    mean = mean.to(a.device)
+    each = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+
+    def squares(kept: Tensor) -> tuple[float, float]:
+        """Of all singular values, and of those that are cut off: means under p(c)."""
+        terms = kept.repeat_interleave(a.shape[1], dim=1)
+        sigma = spectra(a.flatten(0, 1), as_columns(b), terms).square()
+        return float(mean @ sigma.sum(-1)), float(mean @ sigma[:, rank:].sum(-1))
+
+    whole, lost = squares(each)
+    centered = squares(each - mean)[1] if may_center else lost
+    if centered < lost:
+        share_mean(layer, adapter_name, into_base=True, mean=mean)
+    truncate(layer, adapter_name, rank, less=mean if centered < lost else None)
+    return (min(lost, centered) / whole) ** 0.5 if whole else 0.0
+
+
+def _checked(indices: Sequence[int] | Tensor, count: int) -> Tensor:
+    chosen = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+    for index in chosen:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"Adaptors are kept by their numbers, got {index!r}.")
+        if not 0 <= index < count:
+            raise ValueError(f"There is no adaptor {index}: the adapter has {count}, 0 to {count - 1}.")
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise ValueError(f"keep_adaptors needs at least one adaptor, and each once, got {chosen}.")
+    return torch.tensor(chosen)
