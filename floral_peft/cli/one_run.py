@@ -110,7 +110,7 @@ def _write_run(
     base = settings.task.model_for(get_method("fedavg"), settings.adaptors, trainer.args.seed)
     result = {
         "label": label,
-        "parameters": num_parameters(trainer.model),
+        "parameters": num_parameters(trainer.method.deployed(trainer.model)),
         "base_parameters": num_parameters(base),
         "adjusted_rand_index": index,
     }

@@ -152,10 +152,10 @@ def _plan(task: str, variant: Variant, seed: int, out: Path, words: list[str]) -
     """A run with all of its settings, checked."""
     folder = out / file_name(task) / file_name(variant.label) / f"seed-{seed}"
     ours = ["--task", task, "--baselines", "none", "--seed", str(seed), "--output_dir", str(folder)]
-    settings = read_settings([*words, *variant.words(), *ours])
+    settings = read_settings([*words, *variant.words(), *ours], many_tasks=True)
     if variant.multiplies:
         values = settings.to_dict(variant.method, settings.federated)
-        settings = read_settings([*words, *variant.words(values), *ours])
+        settings = read_settings([*words, *variant.words(values), *ours], many_tasks=True)
     federated = settings.federated
     rounds = federated.rounds
     args = replace(

@@ -99,8 +99,13 @@ class Settings:
         }
 
 
-def read_settings(arguments: Sequence[str]) -> Settings:
+def read_settings(arguments: Sequence[str], many_tasks: bool = False) -> Settings:
     """Read the arguments of `floral-peft train`.
+
+    Args:
+        arguments: The words.
+        many_tasks: They are for several tasks: one that brings its examples along leaves the data out, in place of
+            refusing it.
 
     Raises:
         UsageError: An unknown key (the message names the nearest), a value of the wrong type, a missing file.
@@ -130,7 +135,8 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         parser.set_defaults(**_check_yaml(parser, from_file, early.config))
     run, federated, adaptors = parser.dataclasses_from(arguments)
     methods, threads = _methods(run), _threads(run, task)
-    return Settings(task.with_data(run.data), source, run.data, methods, threads, federated, _floral_config(adaptors))
+    data = None if many_tasks and task.data is None else run.data
+    return Settings(task.with_data(data), source, data, methods, threads, federated, _floral_config(adaptors))
 
 
 class _Parser(StrictParser, HfArgumentParser):

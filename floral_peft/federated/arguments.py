@@ -104,6 +104,10 @@ class FederatedArguments:
         default=0.1,
         metadata={"help": "How strongly fedprox (μ) and ditto (λ) pull clients' parameters to the server's."},
     )
+    finetune_epochs: int = field(
+        default=5,
+        metadata={"help": "For how many epochs fedavg_finetune trains a client's model before it is evaluated."},
+    )
     alternating: bool = field(
         default=False,
         metadata={"help": "Train what is private first (the router), then the rest, each for the local epochs."},
@@ -163,7 +167,7 @@ class FederatedArguments:
 
     def __post_init__(self) -> None:
         self.output_dir = self._read_folder("output_dir", "the path of a folder")
-        for name in ("rounds", "local_epochs", "min_clients", "ddp_timeout"):
+        for name in ("rounds", "local_epochs", "finetune_epochs", "min_clients", "ddp_timeout"):
             self._check_count(name)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             self._check_count(name)

@@ -19,6 +19,7 @@ _FREE = (
     "overwrite_output_dir",
     "rounds",
     "min_clients",
+    "finetune_epochs",
     "per_device_eval_batch_size",
     "eval_steps",
     "save_steps",

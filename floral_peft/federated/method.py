@@ -31,8 +31,9 @@ class Method(ABC):
     ```
 
     That is a whole method. What else methods differ in has a default that costs nothing: the model that is trained
-    (`prepare`, `check`), the loss and the outputs (`forward`), a pull towards the server's tensors (`anchor`), what a
-    client does before its local steps (`arrival`) and before it is evaluated (`evaluated`).
+    (`prepare`, `check`), the loss and the outputs (`forward`), what of it predicts (`deployed`), a pull towards the
+    server's tensors (`anchor`), what a client does before its local steps (`arrival`) and before it is evaluated
+    (`evaluated`).
     """
 
     name: ClassVar[str]
@@ -77,6 +78,14 @@ class Method(ABC):
             loss_fn: The loss that the user gave, if any.
         """
         return Forward(model, loss_fn)
+
+    def deployed(self, model: nn.Module) -> nn.Module:
+        """The part of the model with which a client predicts: by default, all of it.
+
+        Args:
+            model: The model that the method trains.
+        """
+        return model
 
     def anchor(self, name: str) -> str | None:
         """The public tensor towards which local steps pull a parameter: λ/2 ‖w − anchor‖² is added to its loss.

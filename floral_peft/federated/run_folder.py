@@ -8,6 +8,7 @@ from typing import Any
 
 from floral_peft.federated.checkpoint import (
     Checkpoint,
+    CheckpointError,
     checkpoint_rounds,
     discard_checkpoints,
     find_checkpoint,
@@ -38,7 +39,9 @@ class RunFolder:
         self._records = records
         self._limit = limit
 
-    def first(self, wanted: str | Path | bool | None, held: ServerState, run: Identity, overwrite: bool) -> Checkpoint:
+    def first(
+        self, wanted: str | Path | bool | None, held: ServerState, run: Identity, overwrite: bool, rounds: int
+    ) -> Checkpoint:
         """What a training begins with.
 
         Args:
@@ -46,13 +49,21 @@ class RunFolder:
             held: The state that the model holds, for a run that begins anew.
             run: What defines the run.
             overwrite: Whether an earlier run in the folder may be given up.
+            rounds: How many rounds the training is to have.
 
         Raises:
-            CheckpointError: There is no such checkpoint, or it does not load.
+            CheckpointError: There is no such checkpoint, it does not load, or it is of a later round than the last.
             ValueError: The folder holds another run.
         """
         if wanted:
-            return load_checkpoint(find_checkpoint(self._path, wanted), held, run)
+            found = load_checkpoint(find_checkpoint(self._path, wanted), held, run)
+            done = found.server.round
+            if done > rounds:
+                raise CheckpointError(
+                    f"{self._path / f'checkpoint-{done}'} has {done} rounds behind it, and rounds={rounds} are asked "
+                    "for: ask for more, or resume from an earlier checkpoint by its name."
+                )
+            return found
         if not overwrite:
             self._check_unused()
         return Checkpoint(held)

@@ -472,7 +472,7 @@ class FederatedTrainer:
         mine = self._identity
 
         def read() -> Message:
-            first = self._folder.first(wanted, held, mine, self.args.overwrite_output_dir)
+            first = self._folder.first(wanted, held, mine, self.args.overwrite_output_dir, self.args.rounds)
             value, tensors = first.server.to_message()
             return (first.trainer, value), tensors
 

@@ -146,12 +146,15 @@ class Turn:
         return ((count, {**batch, **constants}) for count, batch in batches)
 
     @contextmanager
-    def trained(self) -> Iterator[None]:
+    def trained(self, epochs: int) -> Iterator[None]:
         """Within, the model is the client's after local training as in a round; afterwards it is as it was.
 
         The model must hold the client's and the server's tensors. A client without examples stays as it is.
+
+        Args:
+            epochs: For how long, in place of a round's.
         """
-        place = self._place
+        place = self._place._replace(args=replace(self.args, local_epochs=epochs, local_steps=None))
         before = ServerState.of(place.model, place.groups)
         try:
             if self.num_examples:

@@ -51,6 +51,10 @@ class Ditto(FedAvg):
         """The common model is shared, the personal one private."""
         return "private" if name.startswith("personal.") else "shared"
 
+    def deployed(self, model: nn.Module) -> nn.Module:
+        """The personal model: the common one only helps to train it."""
+        return model.personal if isinstance(model, Twin) else model
+
     def anchor(self, name: str) -> str | None:
         """The personal model is pulled to the common one."""
         return f"common.{name.removeprefix('personal.')}" if name.startswith("personal.") else None

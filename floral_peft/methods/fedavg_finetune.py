@@ -12,12 +12,13 @@ from floral_peft.methods.fedavg import FedAvg
 class FedAvgFinetune(FedAvg):
     """FedAvg, then local fine-tuning (Wang et al., 2019, arXiv 1910.10252; Cheng et al., 2021, arXiv 2108.07313).
 
-    Training is FedAvg's. Before a client is evaluated, the common model takes the local steps of a round on the
-    client's training examples; nothing of that is kept or sent.
+    Training is FedAvg's. Before a client is evaluated, the common model takes `finetune_epochs` epochs of local
+    steps on the client's training examples, at the rate of the training; nothing of that is kept or sent. A single
+    epoch is too few where that rate is high: the model has left the common one and not yet settled in its own.
     """
 
     name = "fedavg_finetune"
 
     def evaluated(self, turn: Turn) -> AbstractContextManager[None]:
         """The model after the client's local training."""
-        return turn.trained()
+        return turn.trained(turn.args.finetune_epochs)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from floral_peft.tasks.augment import FlipAndCrop
-from floral_peft.tasks.changes import Change, rotate, shift_labels
-from floral_peft.tasks.images import ImageClients, register_whole_and_reduced
+from floral_peft.tasks.images import ImageClients, register_rotated_and_shifted
 
 
 HUB = "uoft-cs/cifar10"
@@ -71,18 +69,12 @@ SETTINGS: dict[str, Any] = {
     "train_base": True,
 }
 
-
-def _register(name: str, change: Change, augment: Callable[[int], FlipAndCrop], how: str) -> None:
-    register_whole_and_reduced(
-        f"cifar10-{name}",
-        f"CIFAR-10, 20 clients of {{}} training images; each of 4 clusters {how}",
-        ImageClients("cifar10", CLIENTS, CLUSTERS, change, augment=augment),
-        examples=2500,
-        settings=SETTINGS,
-        model=cifar10_model,
-        data=HUB,
-    )
-
-
-_register("rotate", rotate, FlipAndCrop, "sees them turned by another quarter turn")
-_register("label-shift", shift_labels, lambda cluster: FlipAndCrop(), "calls the class y by the name (y + c) mod 10")
+register_rotated_and_shifted(
+    "cifar10",
+    "CIFAR-10",
+    ImageClients("cifar10", CLIENTS, CLUSTERS, augment=FlipAndCrop),
+    examples=2500,
+    settings=SETTINGS,
+    model=cifar10_model,
+    data=HUB,
+)

@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
 register_whole_and_reduced(
     "cifar100",
     "CIFAR-100, 100 clients of {} training images; each of 10 clusters has 10 of the labels",
-    ImageClients("cifar100", CLIENTS, CLUSTERS, by_label=True, augment=lambda cluster: FlipAndCrop()),
+    ImageClients("cifar100", CLIENTS, CLUSTERS, by_label=True, augment=FlipAndCrop),
     examples=500,
     settings=SETTINGS,
     model=vgg8,

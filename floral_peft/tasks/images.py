@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from floral_peft.federated import FederatedDataset
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.transforms import BatchTransform
-from floral_peft.tasks.changes import Change, unchanged
+from floral_peft.tasks.changes import Change, rotate, shift_labels, unchanged
 from floral_peft.tasks.data import column_of, read_column, read_images, read_splits
 from floral_peft.tasks.tables import as_dataset, cut
 from floral_peft.tasks.task import Task, register_task
@@ -26,6 +26,11 @@ LABELS = ("label", "labels", "fine_label")
 #: What clients of a reduced task keep of their training examples: a twentieth, but so many at least.
 KEPT = 0.05
 LEAST = 10
+#: What makes clusters differ in the paper's tasks: a name, the change, and what it does.
+CHANGES: tuple[tuple[str, Change, str], ...] = (
+    ("rotate", rotate, "sees them turned by another quarter turn"),
+    ("label-shift", shift_labels, "calls the class y by the name (y + c) mod 10"),
+)
 #: The paper's settings of reduced tasks, where they differ.
 REDUCED: dict[str, Any] = {"rounds": 1500, "router_learning_rate": 0.3, "eval_steps": 75}
 
@@ -67,7 +72,7 @@ class ImageClients:
         by_label: Cluster c only has labels y with y mod C = c, in place of all.
         flat: Images become vectors.
         kept: The share of its training examples that each client keeps: the first of them, but 10 at least.
-        augment: Cluster → a transform of the training images.
+        augment: The quarter turns by which a cluster's images are turned → a transform of the training images.
     """
 
     name: str
@@ -112,7 +117,7 @@ class ImageClients:
             members = range(cluster, self.clients, self.clusters)
             held = self._cluster(images, np.concatenate([shares[client] for client in members]), cluster)
             if split == "train" and self.augment is not None:
-                held = held.with_transform(self.augment(cluster))
+                held = held.with_transform(self.augment(cluster if self.change is rotate else 0))
             found.update(zip(members, cut(held, [len(shares[client]) for client in members]), strict=True))
         return [found[client] for client in range(self.clients)]
 
@@ -184,3 +189,18 @@ def register_whole_and_reduced(
                 **more,
             )
         )
+
+
+def register_rotated_and_shifted(name: str, title: str, clients: ImageClients, **more: Any) -> None:
+    """Register four tasks: clusters differ by rotation or by their labels' names, each whole and reduced.
+
+    Args:
+        name: The dataset's name, with which the tasks' names begin.
+        title: The dataset's name for readers.
+        clients: The clients, without a change.
+        more: More arguments of [`register_whole_and_reduced`].
+    """
+    for kind, change, how in CHANGES:
+        held = f"{title}, {clients.clients} clients of {{}} training images"
+        summary = f"{held}; each of {clients.clusters} clusters {how}"
+        register_whole_and_reduced(f"{name}-{kind}", summary, replace(clients, change=change), **more)

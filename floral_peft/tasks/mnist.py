@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from floral_peft.tasks.changes import Change, rotate, shift_labels
-from floral_peft.tasks.images import ImageClients, register_whole_and_reduced
+from floral_peft.tasks.images import ImageClients, register_rotated_and_shifted
 
 
 HUB = "ylecun/mnist"
@@ -35,19 +34,13 @@ SETTINGS: dict[str, Any] = {
     "train_base": True,
 }
 
-
-def _register(name: str, change: Change, how: str) -> None:
-    register_whole_and_reduced(
-        f"mnist-{name}",
-        f"MNIST, 300 clients of {{}} training images; each of 4 clusters {how}",
-        ImageClients("mnist", CLIENTS, CLUSTERS, change, flat=True),
-        examples=200,
-        settings=SETTINGS,
-        model=mnist_model,
-        threads=1,
-        data=HUB,
-    )
-
-
-_register("rotate", rotate, "sees them turned by another quarter turn")
-_register("label-shift", shift_labels, "calls the digit y by the name (y + c) mod 10")
+register_rotated_and_shifted(
+    "mnist",
+    "MNIST",
+    ImageClients("mnist", CLIENTS, CLUSTERS, flat=True),
+    examples=200,
+    settings=SETTINGS,
+    model=mnist_model,
+    threads=1,
+    data=HUB,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,19 @@ from floral_peft.federated.plain_sgd import PlainSGD
 from .clients import examples, floral_net, net, population, tensors, trainer
 
 
+VISITS = ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def _visits_end() -> Iterator[None]:
+    yield
+    VISITS.close()
+
+
 def local(folder: Path, method: str = "floral", model: Any = None, **settings: Any) -> Any:
     """Trains a client of given examples from round 1, as the trainer does."""
     made = trainer(folder, method, model, **settings)
-    visit = ExitStack()
-    if made._routers:
-        visit.enter_context(made._routers.visited())
+    VISITS.enter_context(made._visit())
     training = LocalTraining(
         made.model, made._visitor, made._forward, made._groups, made.args, made.accelerator, made._collator
     )
@@ -33,7 +41,7 @@ def local(folder: Path, method: str = "floral", model: Any = None, **settings: A
     def train(client_id: str = "client 0", data: Dataset | None = None, private: Any = None) -> Any:
         return training(client_id, examples(12) if data is None else data, private or made._private(client_id), state)
 
-    train.trainer, train.state, train.visit = made, state, visit  # type: ignore[attr-defined]
+    train.trainer, train.state = made, state  # type: ignore[attr-defined]
     return train
 
 

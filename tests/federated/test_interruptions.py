@@ -124,6 +124,14 @@ def test_a_resumed_run_may_be_longer_and_save_otherwise(tmp_path: Path) -> None:
     assert longer.train(resume_from_checkpoint=True).global_step == 3
 
 
+def test_a_resumed_run_cannot_end_before_it_begins(tmp_path: Path) -> None:
+    trainer(tmp_path, rounds=2, save_steps=1).train()
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 has 2 rounds behind it, and rounds=1 are asked for"):
+        trainer(tmp_path, rounds=1).train(resume_from_checkpoint=True)
+    earlier = trainer(tmp_path, rounds=1)
+    assert earlier.train(resume_from_checkpoint=tmp_path / "checkpoint-1").global_step == 1
+
+
 def test_another_run_is_overwritten_by_explicit_choice_only(tmp_path: Path) -> None:
     first = trainer(tmp_path, **LEARNED)
     first.train()

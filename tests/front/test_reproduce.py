@@ -65,6 +65,13 @@ def test_every_run_has_a_folder_and_the_table_has_every_method(
     assert [len(row["mixture"]) for row in read_run(folder).mixtures] == [4] * 20
 
 
+def test_data_for_other_tasks_do_not_hinder_one_that_brings_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", "--tasks", "digits,mnist-rotate", "--data", "folder", "--list"]) == 0
+    assert capsys.readouterr().out.count("new ") == 2 * 8 * 3
+
+
 def test_what_is_done_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce(tmp_path, "fedavg") == 0
     records = tmp_path / "digits" / "fedavg" / "seed-1" / "records.jsonl"

@@ -67,6 +67,12 @@ def test_a_task_is_told_where_its_data_is_and_a_run_remembers_it(tmp_path: Path)
     assert "brings its examples along" in refusal("--data", "folder")
 
 
+def test_data_for_several_tasks_are_left_out_where_a_task_brings_its_own() -> None:
+    asked = ["--data", "folder"]
+    assert read_settings(["--task", "mnist-rotate", *asked], many_tasks=True).data == "folder"
+    assert read_settings(["--task", "digits", *asked], many_tasks=True).data is None
+
+
 def test_a_task_of_one_s_own_is_remembered_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "settings_test_task.py").write_text(
         "from floral_peft.tasks import get_task\nmine = get_task('digits')"

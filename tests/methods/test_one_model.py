@@ -49,11 +49,11 @@ def test_running_statistics_belong_to_whom_the_layers_belong() -> None:
 
 
 def test_fine_tuning_is_for_evaluation_only(tmp_path: Path) -> None:
-    trained = run(tmp_path, "fedavg_finetune", line(1.0))
+    trained = run(tmp_path, "fedavg_finetune", line(1.0), finetune_epochs=2)
     trained.evaluate()
-    # From FedAvg's 0.5, a goes to 0.5 − ½(0.5 − 3) = 1.75 and b to 0.5 − ½(0.5 + 1) = −0.25.
-    assert trained.client_metrics["a"]["eval_loss"] == pytest.approx(0.5 * 1.25**2)
-    assert trained.client_metrics["b"]["eval_loss"] == pytest.approx(0.5 * 0.75**2)
+    # From FedAvg's 0.5, a goes to 0.5 − ½(0.5 − 3) = 1.75 and then to 2.375, b to −0.25 and then to −0.625.
+    assert trained.client_metrics["a"]["eval_loss"] == pytest.approx(0.5 * 0.625**2)
+    assert trained.client_metrics["b"]["eval_loss"] == pytest.approx(0.5 * 0.375**2)
     assert weights(trained.model) == {"weight": 0.5}
 
 
@@ -120,6 +120,12 @@ def test_alternating_trains_the_local_adaptor_before_the_base(tmp_path: Path) ->
     assert biases.tolist() == [-1.0]  # with the base still at 1
     base = next(value for name, value in weights(trained.model).items() if name.endswith("base_layer.weight"))
     assert base != pytest.approx(0.5)  # with the adaptors already moved
+
+
+def test_a_client_of_ditto_predicts_with_one_model_of_the_two() -> None:
+    twin, plain = Twin(net()), net()
+    assert get_method("ditto").deployed(twin) is twin.personal
+    assert get_method("fedavg").deployed(plain) is plain
 
 
 def test_methods_of_one_model_refuse_a_router() -> None:
