@@ -68,11 +68,13 @@ class Aggregate:
         deltas: Mean of new − old of each public tensor, float64.
         usage: p(c), the mean of π̂ᵏ_c under p(k), shape (L, C). None where nothing is clustered.
         sums: The sums of the clients' `sums`.
+        truncation: The largest relative error of an adaptor whose mean was cut to its rank; None where none was.
     """
 
     deltas: dict[str, Tensor]
     usage: Tensor | None
     sums: dict[str, Tensor] = field(default_factory=dict)
+    truncation: float | None = None
 
     def used(self) -> Tensor | None:
         """Which adaptors have users in the cohort, bool (L, C)."""

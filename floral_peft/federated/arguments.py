@@ -19,6 +19,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 COHORTS = ("auto", "loop", "vectorized")
+AGGREGATIONS = ("factors", "product")
 
 
 @dataclass
@@ -88,6 +89,13 @@ class FederatedArguments:
         metadata={
             "help": "Where the loss is a classifier's cross entropy, train on logits + log q(label), q how often "
             'the client has a label, and evaluate plain logits. By default where router_update="posterior" learns.'
+        },
+    )
+    adaptor_aggregation: str = field(
+        default="factors",
+        metadata={
+            "help": 'How the server averages low-rank adaptors B A: their "factors", each apart, or the "product", '
+            "which is then factored anew. For the product it sees each client's factors, not sums alone."
         },
     )
     optimal_routing: bool = field(
@@ -192,6 +200,10 @@ class FederatedArguments:
             raise ValueError("bf16=True and fp16=True exclude each other: choose one.")
         if self.cohort not in COHORTS:
             raise ValueError(f"cohort={self.cohort!r} must be one of {', '.join(COHORTS)}.")
+        if self.adaptor_aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"adaptor_aggregation={self.adaptor_aggregation!r} must be one of {', '.join(AGGREGATIONS)}."
+            )
         self.resume_from_checkpoint = self._read_resume_from_checkpoint()
         self.clients_per_round = self._read_clients_per_round()
         self.optimizer_kwargs = self._read_dict("optimizer_kwargs")
@@ -200,6 +212,7 @@ class FederatedArguments:
         self._check_keys("server_optimizer_kwargs", {"lr": "server_learning_rate"})
         self._check_optimizer("optimizer", "learning_rate", "optimizer_kwargs", self.weight_decay)
         self._check_optimizer("server_optimizer", "server_learning_rate", "server_optimizer_kwargs", 0.0)
+        self._check_product()
         self.report_to = self._read_report_to()
 
     @property
@@ -267,6 +280,16 @@ class FederatedArguments:
         if name is not None and self.greater_is_better is None:
             worst_first = name.removesuffix("_client_mean").removesuffix("_worst_decile")
             self.greater_is_better = not worst_first.endswith("loss")
+
+    def _check_product(self) -> None:
+        plain = self.server_optimizer.lower() == "sgd" and self.server_learning_rate == 1.0
+        if self.adaptor_aggregation == "product" and not (plain and not self.server_optimizer_kwargs):
+            raise ValueError(
+                f'adaptor_aggregation="product" needs the server\'s plain average, server_optimizer="sgd" at rate 1: '
+                f"factors made anew are no direction to go in; got server_optimizer={self.server_optimizer!r}, "
+                f"server_learning_rate={self.server_learning_rate}, "
+                f"server_optimizer_kwargs={self.server_optimizer_kwargs!r}."
+            )
 
     def _kwargs(self, rate: str, more: str) -> dict[str, Any]:
         return {"lr": getattr(self, rate), **(getattr(self, more) or {})}

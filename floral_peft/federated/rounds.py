@@ -22,6 +22,7 @@ from floral_peft.federated.aggregation import (
     update_norm,
 )
 from floral_peft.federated.processes import Processes, pack_states, unpack_states
+from floral_peft.federated.product import ProductMean
 from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState, server_step
 from floral_peft.federated.stopwatch import Stopwatch
@@ -52,6 +53,7 @@ class RoundReport:
         usage: p(c), the share of the cohort's examples that each adaptor stands for. None as above.
         switches: How many of the trained clients have another best adaptor than at their last participation; where the
             router's update tells. None as above.
+        truncation: What `adaptor_aggregation="product"` loses: the largest relative error of an adaptor. Else None.
         mismatch: `cluster_mismatch`, where the true clusters are known. None as above.
         bytes_down: What a client is sent: the public tensors.
         bytes_up: What a client sends: its deltas and its usage.
@@ -67,6 +69,7 @@ class RoundReport:
     router_entropy: float | None
     usage: list[float] | None
     switches: int | None
+    truncation: float | None
     mismatch: float | None
     bytes_down: int
     bytes_up: int
@@ -114,7 +117,12 @@ def run_round(
         TooFewClientsError: Fewer than `min_clients` updates arrived.
     """
     round, processes, clock = state.round + 1, processes or Processes(), clock or Stopwatch()
-    mean = WeightedMean(state.tensors, settings.groups, len(cohort), settings.routers, settings.sums)
+    given = settings.routers, settings.sums
+    mean = (
+        ProductMean(state.tensors, settings.groups, cohort, *given)
+        if settings.product
+        else WeightedMean(state.tensors, settings.groups, len(cohort), *given)
+    )
     mine: list[tuple[ClientId, _Answer]] = []
     away: list[tuple[ClientId, PrivateState]] = []  # private tensors on their way to the main process
     counted: set[ClientId] = set()
@@ -169,6 +177,7 @@ def run_round(
         router_entropy=mean_entropy(usages) if told else None,
         usage=aggregate.usage.mean(dim=0).tolist() if told and aggregate.usage is not None else None,
         switches=int(aggregate.sums["switches"]) if told and "switches" in aggregate.sums else None,
+        truncation=aggregate.truncation,
         mismatch=cluster_mismatch(usages, [settings.clusters[client_id] for client_id, _ in trained])
         if told and settings.clusters is not None
         else None,

@@ -82,6 +82,7 @@ class ServerSettings:
         min_clients: Fewest updates of a round.
         max_update_norm: Clip updates to this L2 norm.
         clusters: The clients' true clusters, where they are known: to tell how well the routers find them.
+        product: Average low-rank adaptors as matrices, not factor by factor.
         router_update: How clients find their routers; None where nothing is clustered.
     """
 
@@ -91,6 +92,7 @@ class ServerSettings:
     min_clients: int = 1
     max_update_norm: float | None = None
     clusters: Mapping[ClientId, int] | None = None
+    product: bool = False
     router_update: RouterUpdate | None = None
 
     @property

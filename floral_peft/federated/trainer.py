@@ -147,6 +147,7 @@ class FederatedTrainer:
             min_clients=args.min_clients,
             max_update_norm=args.max_update_norm,
             clusters=dataset.clusters,
+            product=args.adaptor_aggregation == "product",
             router_update=self._update,
         )
         self._store = PrivateStore(self.output_dir / "private")

@@ -6,6 +6,7 @@ from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
 from floral_peft.tuner.export import Exported, export_client
 from floral_peft.tuner.layers import FloralLayer
+from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor
 from floral_peft.tuner.model import FloralModel
 from floral_peft.tuner.precondition import factor_pairs, precondition_gradients
 from floral_peft.tuner.pure import PureModels, pure_losses
@@ -24,6 +25,9 @@ __all__ = [
     "PureModels",
     "Role",
     "Router",
+    "as_columns",
+    "as_factors",
+    "as_matrices",
     "base_weights",
     "center_adaptors",
     "clip_steps",
@@ -34,6 +38,7 @@ __all__ = [
     "precondition_gradients",
     "private_buffers",
     "pure_losses",
+    "refactor",
     "register",
     "reinitialized",
     "separate_adaptors",
