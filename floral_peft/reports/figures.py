@@ -33,7 +33,7 @@ LEGEND = 1.9  # inches
 
 def draw_series(axes: Axes, series: Series, label: str, style: dict[str, Any]) -> None:
     """A line with its band over seeds."""
-    line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.5}
+    line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": style["linewidth"]}
     axes.plot(series.rounds, series.mean, label=row_title(label), **line)
     if series.band is not None:
         axes.fill_between(series.rounds, *series.band, color=style["color"], alpha=0.16, linewidth=0)
@@ -56,7 +56,7 @@ def plot_progress(cells: Sequence[Cell]) -> Figure | None:
         name_axes(axes, "round", cells[0].metric if axes is panels[0] else "", titles[part])
         means = [series.mean for _, series in found if series is not None]
         if cells[0].metric == "accuracy":  # what comes after the first steps is what differs
-            axes.set_ylim(bottom=min(mean[len(mean) // 10] for mean in means))
+            axes.set_ylim(bottom=min(mean[len(mean) // 10 :].min() for mean in means))
         scale_metric(axes, cells[0].metric, values=np.concatenate(means))
         scale_rounds(axes)
     legend_beside(figure, panels[0], labels)
@@ -149,12 +149,12 @@ def plot_cost(cells: Sequence[Cell]) -> Figure | None:
         series, sent = evaluations(cell), gigabytes(cell.runs[0])
         if series is None or sent is None:
             continue
-        told, dashes = True, {"color": line["color"], "linestyle": line["linestyle"]}
+        told, dashes = True, {key: line[key] for key in ("color", "linestyle", "linewidth")}
         if not any(sent.values()):  # nothing leaves its client
-            right.axhline(series.mean[-1], linewidth=1.0, **{**dashes, "linestyle": ":"})
+            right.axhline(series.mean[-1], **{**dashes, "linestyle": ":", "linewidth": 1.0})
             continue
         x = [sent.get(at, math.nan) for at in series.rounds]
-        right.plot(x, series.mean, linewidth=1.5, label=row_title(cell.label), **dashes)
+        right.plot(x, series.mean, label=row_title(cell.label), **dashes)
         if series.band is not None:
             right.fill_between(x, *series.band, color=line["color"], alpha=0.16, linewidth=0)
     if not told:

@@ -29,6 +29,9 @@ _SWITCHES = {
     "alternating=true": "alternating",
     "stateless": "stateless",
     "adapt_bias=false": "no biases",
+    "router_update=gradient": "gradient router",
+    "router_update=mirror": "mirror router",
+    "router_update=posterior": "posterior router",
 }
 # Where they were made or shown, and what the seeds' rows have in common.
 _NO_PART_OF_A_LABEL = ("task", "method", "baselines", "seed", "report_to", "disable_tqdm", "save_steps")
@@ -80,11 +83,24 @@ def task_title(task: str) -> str:
     return title[:1].upper() + title[1:]
 
 
-def row_order(label: str) -> tuple[int, str]:
-    """Sorts labels: simple methods first, those that are not known last."""
+def sibling(label: str, others: Sequence[str]) -> str:
+    """The family among others whose routers learn what this one's are told, however they learn; its own by default."""
+    own = _without_update(family(label))
+    found = [family(one) for one in others if not is_told_the_truth(one)]
+    alike = [one for one in found if _without_update(one) == own]
+    return family(label) if family(label) in alike or not alike else alike[-1]
+
+
+def row_order(label: str) -> tuple[int, str, bool, str]:
+    """Sorts labels: simple methods first, those that are not known last; what is told the truth after what learns."""
     method = _parts(label)[0]
     known = list(_METHODS)
-    return (known.index(method) if method in known else len(known), label)
+    place = known.index(method) if method in known else len(known)
+    return (place, _without_update(family(label)), is_told_the_truth(label), label)
+
+
+def _without_update(label: str) -> str:
+    return "+".join(part for part in _parts(label) if not part.startswith("router_update="))
 
 
 def _parts(label: str) -> list[str]:

@@ -61,7 +61,7 @@ def paper_figure(run: Run, label: str) -> Figure | None:
         return Figure(means[run.task] / 100, None) if run.task in means else None
     method, optimal = run.method, bool(run.settings.get("optimal_routing"))
     # Label settings of other names make another method of it.
-    others = {part.partition("=")[0] for part in label.split("+")[1:]} - {"budget", "optimal_routing"}
+    others = {part.partition("=")[0] for part in label.split("+")[1:]} - {"budget", "optimal_routing", "router_update"}
     row = _TABLE_1.get((method, optimal, run.settings.get("budget") if method == "floral" else None))
     if row is None or others or run.task not in _TASKS:
         return None

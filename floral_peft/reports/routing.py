@@ -47,7 +47,7 @@ def plot_usage(cells: Sequence[Cell]) -> Figure | None:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         axes.tick_params(labelsize=8, colors=INK)
         axes.spines[["top", "right"]].set_visible(False)
-        name_axes(axes, "round", "share of examples" if axes in panels[:, 0] else "", row_title(cell.label))
+        name_axes(axes, "round", "share of examples" if axes in panels[:, 0] else "", _wrapped(cell.label))
     return figure
 
 
@@ -70,7 +70,7 @@ def plot_routers(cells: Sequence[Cell]) -> Figure | None:
         for cell, series in lines:
             draw_series(axes, series.smooth(), cell.label, style[cell.label])
         scale_rounds(axes)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], *(series.mean.max() for _, series in lines)))
         name_axes(axes, "round", name)
     legend_beside(figure, panels[0], labels)
     return figure
@@ -84,7 +84,7 @@ def plot_all_mixtures(cells: Sequence[Cell]) -> Figure | None:
     if not found:
         return None
     columns = max(len(runs) for _, runs in found)
-    figure = Figure(figsize=(1.75 * columns + 0.9, 1.4 * len(found) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.75 * columns + 1.9, 1.4 * len(found) + 0.5), layout="constrained")
     panels = figure.subplots(len(found), columns, squeeze=False)
     image = None
     for row, (cell, runs) in zip(panels, found, strict=True):
@@ -96,21 +96,25 @@ def plot_all_mixtures(cells: Sequence[Cell]) -> Figure | None:
             for edge in edges:
                 axes.axhline(edge - 0.5, color=INK, linewidth=0.5)
             index = run.result.get("adjusted_rand_index")
-            told = "" if index is None else f"Rand {index:.2f}"
+            told = "" if index is None else f"Rand {round(index, 2) + 0.0:.2f}"  # no −0.00
             axes.set_title(", ".join(filter(None, [f"seed {run.seed}", told])), fontsize=8, color=INK)
             axes.set_yticks([])
             axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
             axes.tick_params(labelsize=7, colors=INK, length=0)
             for spine in axes.spines.values():
                 spine.set(linewidth=0.6, color=INK)
-        row[0].set_ylabel("\n".join(row_title(cell.label).split(", ", 1)), fontsize=8, color=INK)
+        row[0].set_ylabel(_wrapped(cell.label, 3), fontsize=8, color=INK, rotation=0, ha="right", va="center")
     if image is not None:
-        bar = figure.colorbar(image, ax=panels, shrink=0.8 / len(found), aspect=14, ticks=[0, 0.5, 1])
+        bar = figure.colorbar(image, ax=panels, shrink=0.8 / len(found), aspect=14, pad=0.06, ticks=[0, 0.5, 1])
         bar.ax.set_title("weight", fontsize=7, color=INK)
         bar.ax.tick_params(length=0, labelsize=7, colors=INK)
         bar.outline.set_linewidth(0.6)
-    figure.supxlabel("adaptor, in the order in which the clusters use them", fontsize=8, color=INK)
+    figure.supxlabel("adaptor, by the clusters that use it", fontsize=8, color=INK)
     return figure
+
+
+def _wrapped(label: str, lines: int = 2) -> str:
+    return "\n".join(row_title(label).split(", ", lines - 1))
 
 
 def _learning(cells: Sequence[Cell]) -> list[Cell]:

@@ -33,11 +33,14 @@ class Series(NamedTuple):
 
     @property
     def band(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The mean minus and plus a standard deviation [R], for several seeds."""
+        """The mean minus and plus a standard deviation [R], for several seeds; no lower than the lowest of them.
+
+        A loss that differs by orders of magnitude would else end below zero.
+        """
         if len(self.values) < 2:
             return None
         deviation = self.values.std(axis=0, ddof=1)
-        return self.mean - deviation, self.mean + deviation
+        return np.maximum(self.mean - deviation, self.values.min(axis=0)), self.mean + deviation
 
     def smooth(self, points: int = 100) -> Series:
         """Means over as many successive rounds as leave about `points` of them."""

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from floral_peft.reports.labels import family, is_told_the_truth, row_title
+from floral_peft.reports.labels import is_told_the_truth, row_title, sibling
 
 
 INK = "#222222"
@@ -33,16 +33,18 @@ _MARKERS = "osD^vPX<>*"
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour, a marker and a line for each label: FedAvg is grey, the last method blue, true routers dashed."""
-    families = list(dict.fromkeys(map(family, reversed(labels))))
+    family = {label: sibling(label, labels) for label in labels}
+    families = list(dict.fromkeys(family[label] for label in reversed(labels)))
     others = [one for one in families if one != "fedavg"]
     colour = {one: COLOURS[index % len(COLOURS)] for index, one in enumerate(others)} | {"fedavg": _BASELINE}
     marker = {one: _MARKERS[index % len(_MARKERS)] for index, one in enumerate(families)}
     return {
         label: {
-            "color": colour[family(label)],
+            "color": colour[family[label]],
             "linestyle": (0, (4, 1.6)) if is_told_the_truth(label) else "-",
-            "marker": marker[family(label)],
-            "markerfacecolor": "white" if is_told_the_truth(label) else colour[family(label)],
+            "marker": marker[family[label]],
+            "markerfacecolor": "white" if is_told_the_truth(label) else colour[family[label]],
+            "linewidth": 3.0 if family[label] == "fedavg" else 1.5,  # what other methods fall back to shows below them
         }
         for label in labels
     }

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -23,7 +24,9 @@ from floral_peft.reports import (
     to_latex,
     to_markdown,
 )
-from floral_peft.reports.labels import row_title, task_title
+from floral_peft.reports.labels import row_order, row_title, task_title
+from floral_peft.reports.series import Series
+from floral_peft.reports.style import looks
 from tests.front.made_up import write_run
 
 
@@ -130,14 +133,35 @@ def test_the_papers_figure_is_for_its_own_settings_only(tmp_path: Path) -> None:
     assert figure("floral+optimal_routing+budget=0.1", "cifar100-reduced", budget=0.1) == pytest.approx((0.539, 0.009))
     assert figure("floral", "mnist-rotate") is None  # neither 1 % nor 10 %
     assert figure("floral+budget=0.01+alternating", "mnist-rotate", budget=0.01) is None
+    assert figure("floral+budget=0.01+router_update=gradient", "mnist-rotate", budget=0.01) == pytest.approx(
+        (0.913, 0.006)
+    )
     assert figure("floral+budget=0.01+num_adaptors=x0.5", "cifar10-label-shift", budget=0.01) == (0.363, None)
     assert figure("fedavg", "digits") is None
 
 
 def test_titles_are_a_readers_words() -> None:
     assert row_title("floral+budget=0.01+num_adaptors=x2+optimal_routing") == "FLoRAL, ρ = 1 %, C × 2, π*"
+    assert row_title("floral+router_update=gradient") == "FLoRAL, gradient router"
     assert row_title("somebodys+step_size=1e+3") == "somebodys, step_size = 1e+3"
     assert task_title("cifar10-label-shift-reduced") == "CIFAR-10 label shift reduced"
+
+
+def test_what_is_told_the_truth_stands_behind_what_learns_and_has_its_colour() -> None:
+    labels = ["floral+router_update=gradient", "floral", "floral+optimal_routing", "fedavg", "floral+budget=0.1"]
+    ordered = sorted(reversed(labels), key=row_order)
+    assert ordered == ["fedavg", "floral", "floral+router_update=gradient", "floral+optimal_routing", labels[-1]]
+    style = looks(ordered)
+    assert style["floral+optimal_routing"]["color"] == style["floral"]["color"]
+    assert len({style[label]["color"] for label in ordered}) == 4
+    pair = looks(["floral+router_update=gradient", "floral+optimal_routing"])
+    assert len({look["color"] for look in pair.values()}) == 1
+
+
+def test_a_band_of_losses_stays_above_zero() -> None:
+    band = Series(np.array([1]), np.array([[1e-3], [1.0], [0.1]])).band
+    assert band is not None
+    assert band[0][0] == pytest.approx(1e-3)
 
 
 def test_pictures_of_all_kinds_are_drawn_where_there_is_the_data(found: Matrix) -> None:
