@@ -195,5 +195,5 @@ def _scaled(hidden: Tensor, w: Tensor, rank: int) -> Tensor:
     """Multiply adaptor c's r of the C·r columns by w_c, each example's rows by its own."""
     if w.dim() == 1:
         return hidden * w.repeat_interleave(rank)
-    terms = w.repeat_interleave(rank, 1)
-    return (hidden.view(len(w), -1, hidden.shape[1]) * terms.unsqueeze(1)).view(hidden.shape)
+    each = hidden.view(len(w), -1, w.shape[1], rank)
+    return (each * w.view(len(w), 1, -1, 1)).view(hidden.shape)

@@ -61,8 +61,10 @@ class FloralModel(Clients, Shrinking, BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for name, requires_grad in trains.items():  # as PEFT does for what it can see: a new adapter changes no other
             self.router.logits[name].requires_grad_(requires_grad)
+        # kept, because a walk through a large model takes as long as several of its layers
+        self._layers = [module for module in self.model.modules() if isinstance(module, FloralLayer)]
         config = self.peft_config[adapter_name]
-        weight = next(layer.get_base_layer().weight for layer in self._layers())
+        weight = self._layers[0].get_base_layer().weight
         device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.float32
         if device.type == "meta":  # a base that is loaded later; the router is small and has its values now
             device = torch.device("cpu")
@@ -147,16 +149,13 @@ class FloralModel(Clients, Shrinking, BaseTuner):
                 "other adapters. Use one adapter, or train_base=False for all."
             )
 
-    def _layers(self) -> Iterator[FloralLayer]:
-        return (module for module in self.model.modules() if isinstance(module, FloralLayer))
-
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """PEFT asks for this before every pass. Nothing is to be enabled; its absence would be slow to find out."""
         return nullcontext()
 
     @override
     def _check_not_merged(self, intent: str) -> None:
-        if any(layer.merged for layer in self._layers()):
+        if any(layer.merged for layer in self._layers):
             raise ValueError(
                 f"Cannot {intent}: one client's mixture is merged into the weights. Call `unmerge_adapter` first."
             )

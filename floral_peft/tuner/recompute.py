@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,17 +19,28 @@ State = TypeVar("State")
 _KEY = "floral_peft.state"
 
 
+class Seen(NamedTuple):
+    """What is known of a pass.
+
+    Attributes:
+        graded: whether it began with gradients. If not, nothing of it is run again.
+        checkpointed: whether some layer of it ran inside a checkpoint.
+    """
+
+    graded: bool = True
+    checkpointed: bool = False
+
+
 class Recomputation(Generic[State]):
     """Remembers, for every living autograd graph, the state that its forward pass ran with.
 
     Attributes:
-        checkpointed: whether some layer of the pass at hand ran inside a checkpoint (or without gradients). To be
-            reset when a pass begins.
+        seen: what is known of the pass at hand.
     """
 
     def __init__(self) -> None:
         self._living: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.checkpointed = False
+        self.seen = Seen()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recomputation[State]:
         return Recomputation()  # graphs are not copied, so neither is what is known about them
@@ -48,9 +59,19 @@ class Recomputation(Generic[State]):
         if self.checkpointed:
             _mark(roots, state)
 
+    @property
+    def checkpointed(self) -> bool:
+        """Whether some layer of the pass at hand may run again."""
+        return self.seen.checkpointed
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self.seen = Seen(graded=torch.is_grad_enabled())
+
     def note(self) -> None:
         """A layer runs, as part of a pass: see whether it may run again."""
-        self.checkpointed = self.checkpointed or _inside_checkpoint()
+        if self.seen.graded and not self.seen.checkpointed and _inside_checkpoint():
+            self.seen = Seen(checkpointed=True)
 
     def current(self, default: State) -> State:
         """The state for a layer that runs outside a pass: that of the first run if it runs again, else `default`."""

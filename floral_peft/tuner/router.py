@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from floral_peft.tuner.recompute import Recomputation
+from floral_peft.tuner.recompute import Recomputation, Seen
 
 
 Client = int | str | Tensor | Sequence[int | str]
@@ -49,7 +49,7 @@ class Router(nn.Module):
         self.recomputation = Recomputation[Selection]()
         self._several = False
         self._pass: dict[Any, Tensor] | None = None  # what a forward pass has computed so far
-        self._outer: list[tuple[dict[Any, Tensor] | None, Selection, bool]] = []  # passes around the one at hand
+        self._outer: list[tuple[dict[Any, Tensor] | None, Selection, Seen]] = []  # passes around the one at hand
 
     # The table
 
@@ -193,9 +193,9 @@ class Router(nn.Module):
 
     def begin_forward(self, rows: Tensor | None) -> None:
         """A forward pass of the model starts: with its own rows, if any, and fresh noise while training."""
-        self._outer.append((self._pass, self.selection, self.recomputation.checkpointed))
+        self._outer.append((self._pass, self.selection, self.recomputation.seen))
         self._pass = {}
-        self.recomputation.checkpointed = False
+        self.recomputation.begin()
         client = self.client if rows is None else rows
         noise = {}
         for name in self.active_adapters if self.training else ():
@@ -211,7 +211,7 @@ class Router(nn.Module):
         if not torch.compiler.is_compiling() and (self._several or self.selection.noise):
             self.recomputation.remember(output, self.selection)  # else every pass has the same state
         if self._outer:
-            self._pass, self.selection, self.recomputation.checkpointed = self._outer.pop()
+            self._pass, self.selection, self.recomputation.seen = self._outer.pop()
         else:  # the client was chosen anew within the pass
             self._pass, self.selection = None, Selection(self.client)
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from floral_peft import FloralConfig
+from floral_peft.tuner import Router
 
-from .models import get_peft_model
+from .models import TOKENS, floral_llama, get_peft_model
 from .reference import randomize
 
 
@@ -207,3 +208,20 @@ def test_a_malformed_router_is_refused(state: Any) -> None:
     with pytest.raises(ValueError, match=r"finite tensor of shape \(1, 3\)"):
         model.load_router_state_dict(state, client=1)
     assert torch.equal(model.mixture(1), before)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_all_layers_of_a_pass_share_one_softmax(monkeypatch: pytest.MonkeyPatch, graded: bool) -> None:
+    calls: list[str] = []
+    softmax = Router._softmax
+
+    def counted(router: Router, adapter_name: str, selection: Any) -> torch.Tensor:
+        calls.append(adapter_name)
+        return softmax(router, adapter_name, selection)
+
+    model = floral_llama().eval()
+    model.set_client([0, 3, 1, 1])
+    monkeypatch.setattr(Router, "_softmax", counted)
+    with torch.set_grad_enabled(graded):
+        model(input_ids=TOKENS)
+    assert calls == ["default"]
