@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors.torch import save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, default_data_collator
 from transformers.trainer_callback import CallbackHandler
@@ -36,6 +35,7 @@ from floral_peft.federated.method import Method, get_method
 from floral_peft.federated.precision import TrainerAccelerator, checkpoint_gradients
 from floral_peft.federated.probe import probe
 from floral_peft.federated.processes import Message, ProcessError, pack_states, unpack_states
+from floral_peft.federated.publishing import Publishing
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
 from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 _NO_TEST = 'no client has examples in a split "test"; from_column and from_partition take test_size.'
 
 
-class FederatedTrainer:
+class FederatedTrainer(Publishing):
     """Trains one model over many clients, in rounds.
 
     Started by torchrun or accelerate launch, every process makes the same trainer and the same calls; they share the
@@ -273,31 +273,11 @@ class FederatedTrainer:
             mixtures = self._routers.mixtures(self.dataset.ids, self._trained_routers(self._routers.name))
         return list(self.dataset), mixtures
 
-    def publish(self, folder: str | Path) -> None:
-        """Save what the clients trained together, with no client's router or other private tensor.
-
-        Args:
-            folder: Where `save_pretrained` writes (for a plain `nn.Module`: where `model.safetensors` goes).
-        """
-        target = Path(folder)
-        with self._visit():
-            self._visitor.load(self._untrained)
-            if not self.processes.is_main:
-                return
-            if hasattr(self.model, "save_pretrained"):
-                self.model.save_pretrained(str(target))
-            else:
-                target.mkdir(parents=True, exist_ok=True)
-                save_model(self.model, str(target / "model.safetensors"))
-
     def _evaluate_client(self, client_id: ClientId, private: PrivateState) -> Metrics | None:
         """None for a client without examples for evaluation."""
         if not self.dataset.num_examples(client_id, "test"):
             return None
-        turn = self._turn(client_id, private)
-        turn.private = self._arrived(turn).private
-        self._visitor.load(turn.private)
-        with self.method.evaluated(turn):
+        with self._evaluated_as(client_id, private):
             return evaluate_client(
                 self.model,
                 self._forward,
@@ -307,6 +287,15 @@ class FederatedTrainer:
                 self.accelerator,
                 self._compute_metrics,
             )
+
+    @contextmanager
+    def _evaluated_as(self, client_id: ClientId, private: PrivateState | None = None) -> Iterator[None]:
+        """Within, the model is what is evaluated for a client; by default, with the private tensors that it kept."""
+        turn = self._turn(client_id, self._private(client_id) if private is None else private)
+        turn.private = self._arrived(turn).private
+        self._visitor.load(turn.private)
+        with self.method.evaluated(turn):
+            yield
 
     def _train_rounds(self, server: ServerState) -> list[RoundReport]:
         reports: list[RoundReport] = []

@@ -1,13 +1,15 @@
 """The tuner: what goes into a model. It knows nothing of rounds."""
 
+from floral_peft.tuner.card import adapter_data, base_name, write_card
 from floral_peft.tuner.centering import center_adaptors
 from floral_peft.tuner.clip import base_weights, clip_steps
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
-from floral_peft.tuner.export import Exported, export_client
+from floral_peft.tuner.export import Exported, ExportKind, export_client
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor
 from floral_peft.tuner.model import FloralModel
+from floral_peft.tuner.plain import save_plain
 from floral_peft.tuner.precondition import factor_pairs, precondition_gradients
 from floral_peft.tuner.pure import PureModels, pure_losses
 from floral_peft.tuner.registration import register
@@ -18,6 +20,7 @@ from floral_peft.tuner.symmetry import separate_adaptors
 
 __all__ = [
     "Ensemble",
+    "ExportKind",
     "Exported",
     "FloralConfig",
     "FloralLayer",
@@ -25,9 +28,11 @@ __all__ = [
     "PureModels",
     "Role",
     "Router",
+    "adapter_data",
     "as_columns",
     "as_factors",
     "as_matrices",
+    "base_name",
     "base_weights",
     "center_adaptors",
     "clip_steps",
@@ -41,5 +46,7 @@ __all__ = [
     "refactor",
     "register",
     "reinitialized",
+    "save_plain",
     "separate_adaptors",
+    "write_card",
 ]

@@ -62,9 +62,9 @@ class FloralModel(Clients, Shrinking, BaseTuner):
         for name, requires_grad in trains.items():  # as PEFT does for what it can see: a new adapter changes no other
             self.router.logits[name].requires_grad_(requires_grad)
         # kept, because a walk through a large model takes as long as several of its layers
-        self._layers = [module for module in self.model.modules() if isinstance(module, FloralLayer)]
+        self._adapted = [module for module in self.model.modules() if isinstance(module, FloralLayer)]
         config = self.peft_config[adapter_name]
-        weight = self._layers[0].get_base_layer().weight
+        weight = self._adapted[0].get_base_layer().weight
         device, dtype = weight.device, weight.dtype if weight.is_floating_point() else torch.float32
         if device.type == "meta":  # a base that is loaded later; the router is small and has its values now
             device = torch.device("cpu")
@@ -149,13 +149,16 @@ class FloralModel(Clients, Shrinking, BaseTuner):
                 "other adapters. Use one adapter, or train_base=False for all."
             )
 
+    def _layers(self) -> Sequence[FloralLayer]:
+        return self._adapted
+
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """PEFT asks for this before every pass. Nothing is to be enabled; its absence would be slow to find out."""
         return nullcontext()
 
     @override
     def _check_not_merged(self, intent: str) -> None:
-        if any(layer.merged for layer in self._layers):
+        if any(layer.merged for layer in self._layers()):
             raise ValueError(
                 f"Cannot {intent}: one client's mixture is merged into the weights. Call `unmerge_adapter` first."
             )

@@ -217,7 +217,7 @@ def test_a_published_adapter_has_the_trained_tensors_and_no_router(tmp_path: Pat
 def test_a_plain_model_is_published_as_safetensors(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run", "fedavg")
     run.publish(tmp_path / "model")
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "README.md"}
 
 
 # Privacy
