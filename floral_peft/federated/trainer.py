@@ -32,6 +32,7 @@ from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.identity import Identity, differing, identity
 from floral_peft.federated.lock import locked
 from floral_peft.federated.method import Method, get_method
+from floral_peft.federated.personal import Personalizing
 from floral_peft.federated.precision import TrainerAccelerator, checkpoint_gradients
 from floral_peft.federated.probe import probe
 from floral_peft.federated.processes import Message, ProcessError, pack_states, unpack_states
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 _NO_TEST = 'no client has examples in a split "test"; from_column and from_partition take test_size.'
 
 
-class FederatedTrainer(Publishing):
+class FederatedTrainer(Publishing, Personalizing):
     """Trains one model over many clients, in rounds.
 
     Started by torchrun or accelerate launch, every process makes the same trainer and the same calls; they share the

@@ -126,11 +126,23 @@ class Turn:
 
     def pure_losses(self) -> Tensor:
         """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,)."""
+        return self.pure_means(lambda batch: self.forward(batch).loss)
+
+    def pure_means(self, function: Callable[[Batch], Tensor]) -> Tensor:
+        """The mean over training examples of a function that runs the model, for each adaptor alone, float32, (C,).
+
+        Args:
+            function: Batch → its mean over the batch, a scalar.
+        """
         counts, batches = zip(*self._batches(), strict=True)
         with self._place.accelerator.autocast():
-            losses = self.routers.pure_models.losses(lambda batch: self.forward(batch).loss, batches)
-        weighted = [loss.float() * count for loss, count in zip(losses, counts, strict=True)]
+            means = self.routers.pure_models.losses(function, batches)
+        weighted = [mean.float() * count for mean, count in zip(means, counts, strict=True)]
         return torch.stack(weighted).sum(dim=0).cpu() / self.num_examples
+
+    def has(self, column: str) -> bool:
+        """Whether batches of the client's examples have a column."""
+        return column in next(self._batches())[1]
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         """The client's training examples in order, for a model that holds the client's tensors: sizes and batches."""

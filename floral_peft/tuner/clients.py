@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from floral_peft.tuner.fitting import evidence, model_loss, posterior
+from floral_peft.tuner.pure import PureModels
 from floral_peft.tuner.router import Client, Router
 
 
@@ -128,6 +130,76 @@ class Clients:
         config = self.peft_config[name]
         config.num_clients = None if len(logits) == 1 and client_names is None else len(logits)
         config.client_names = None if client_names is None else list(client_names)
+
+    def fit_router(
+        self,
+        batches: Iterable[Any],
+        client: int | str | None = None,
+        *,
+        loss: Callable[[Any], Tensor] | None = None,
+        prior: Tensor | Sequence[float] | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Find a client's router from a handful of its examples. Nothing else in the model changes.
+
+            π_c ∝ prior_c · exp(−Σ_i f_c(x_i) / temperature)
+
+        f_c is the loss under adaptor c alone: C forward passes without gradients, or less (`PureModels`).
+
+        Language models and other self-supervised ones need no labels beyond the inputs. A classifier's examples may
+        lack labels too: then f_c is the entropy of its predictions. That tells apart clients whose *inputs* differ
+        (measured: rotated images, though worse than labels do); it cannot tell apart those that call the same inputs
+        by other names.
+
+        Args:
+            batches: a `DataLoader`, or any batches: mappings that the model takes by keyword, or what `loss` takes.
+            client: whose router it is: one that the model knows, or a new name; default: the current client.
+            loss: batch → the loss, a mean over the batch or one number per example; it runs the model. By default the
+                loss that the model returns.
+            prior: (C,), what is known before: say, how much all clients use each adaptor. Uniform by default.
+            temperature: above 1 where losses overstate how much they say, because examples depend on each other.
+
+        Returns:
+            The client's mixture, (C,); with `router_per_layer` (L, C), equal rows.
+
+        Raises:
+            ValueError: there are no batches, a loss is not finite, or another argument is out of its range.
+        """
+        self._check_not_merged("fit a router")
+        if client is None:
+            self._one_row(None)
+        model: Any = self
+        held = list(batches)
+        if not held:
+            raise ValueError("There are no batches to fit a router to: give at least one example.")
+        losses = PureModels(model).losses(loss or (lambda batch: model_loss(model, batch)), held)
+        sums = [evidence(each.double(), batch) for each, batch in zip(losses, held, strict=True)]
+        given = None if prior is None else torch.as_tensor(prior)
+        logs = posterior(torch.stack(sums).sum(dim=0), given, temperature)
+        settings = self.router.settings[self.active_adapters[0]]
+        table = self.router.logits[self.active_adapters[0]]
+        row = self._write_router((logs * settings.temperature).expand(table.shape[1:]), client)
+        return self.mixture(torch.tensor([row]))[0]
+
+    def _write_router(self, logits: Tensor, client: int | str | None) -> int:
+        """Write a client's logits (L, C) into its row, or into a new one for a new client. Returns the row."""
+        name = self.active_adapters[0]
+        table, settings = self.router.logits[name].detach(), self.router.settings[name]
+        config, names = self.peft_config[name], settings.row_by_name
+        if client is None or (
+            client in names if names is not None else isinstance(client, int) and 0 <= client < len(table)
+        ):
+            self.load_router_state_dict({"logits": logits}, client)
+            return self._one_row(client)
+        before = self.router.client
+        nobodys = config.num_clients is None and names is None  # a single router that belongs to no client
+        rows = [*([] if nobodys else table), logits.to(table)]
+        known: list[Any] = [] if nobodys else list(range(len(table))) if names is None else list(names)
+        numbered = names is None and client == len(known)
+        self.set_routers(torch.stack(rows), None if numbered else [*known, client])
+        if not nobodys:
+            self.router.select(before)
+        return len(rows) - 1
 
     def _one_row(self, client: int | str | None) -> int:
         rows = self.router.client if client is None else self.router.rows(client)
