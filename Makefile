@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow conform lint format types clean
+.PHONY: help setup demo test test-slow conform docs notebooks lint format types clean
 
 help: ## Tell every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,13 @@ test-slow: $(STAMP) ## Run the tests marked slow
 
 conform: $(STAMP) ## Run PEFT's own tests on FloralConfig, and on LoraConfig as the control
 	PYTHONPATH=tests $(BIN)/python -m conformance $(ARGS)
+
+docs: $(STAMP) ## Write docs/reference from the docstrings
+	$(BIN)/python docs/make_reference.py
+
+notebooks: $(STAMP) ## Run the notebooks and keep their outputs (FLORAL_ASSETS=DIR: models and data; ARGS: which)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	$(BIN)/python notebooks/run.py $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting
 	$(BIN)/ruff check
