@@ -77,6 +77,10 @@ class FederatedArguments:
         default=None, metadata={"help": "More arguments of the server's optimiser, as JSON."}
     )
     precondition: bool = field(default=True, metadata={"help": "Precondition the gradients of the low-rank factors."})
+    precondition_epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Damping of that: 1e-5 is the paper's. By default it follows the scale of the factors."},
+    )
     router_update: str = field(
         default="gradient",
         metadata={
@@ -188,7 +192,7 @@ class FederatedArguments:
             self._check_number(name)
         for name in ("adaptor_learning_rate", "router_learning_rate"):
             self._check_number(name, optional=True)
-        for name in ("max_grad_norm", "max_update_norm"):
+        for name in ("max_grad_norm", "max_update_norm", "precondition_epsilon"):
             self._check_number(name, above_zero=True, optional=True)
         if self.stateless and self.optimal_routing:
             raise ValueError("stateless=True and optimal_routing=True exclude each other: choose one.")

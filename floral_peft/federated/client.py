@@ -139,7 +139,7 @@ class LocalTraining:
             if pulled:
                 pull([_gradient(parameter) for parameter in pulled], pulled)
             if factors:
-                precondition_gradients(factors)
+                precondition_gradients(factors, epsilon=args.precondition_epsilon)
             if args.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
             if scaler is None:

@@ -189,7 +189,7 @@ class SideBySide:
                 pull([gradients[name] for name in pull.names], [trained[name][chosen] for name in pull.names])
                 if any(a in gradients or b in gradients for a, b in factors):
                     part = {name: stacked.tensors[name][chosen] for pair in factors for name in pair}
-                    precondition_stacked(factors, part, gradients)
+                    precondition_stacked(factors, part, gradients, args.precondition_epsilon)
                 if args.max_grad_norm is not None:
                     clip_stacked(gradients.values(), args.max_grad_norm)
                 optimizer.step(chosen, {trained[name]: gradients[name] for name in phase})

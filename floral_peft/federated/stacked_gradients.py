@@ -12,7 +12,10 @@ from floral_peft.tuner import clip_steps, precondition_gradients
 
 
 def precondition_stacked(
-    pairs: Sequence[tuple[str, str]], factors: Mapping[str, Tensor], gradients: dict[str, Tensor]
+    pairs: Sequence[tuple[str, str]],
+    factors: Mapping[str, Tensor],
+    gradients: dict[str, Tensor],
+    epsilon: float | None = None,
 ) -> None:
     """`precondition_gradients` for every client at once: to it, a client's adaptors are more adaptors.
 
@@ -20,8 +23,9 @@ def precondition_stacked(
         pairs: The names of the low-rank factors A and B of each layer.
         factors: Factors by name, A (clients, C, r, ...) and B (clients, out, C, r, ...).
         gradients: Their gradients by name, where there are any; they are replaced.
+        epsilon: As there.
     """
-    _on_wide(precondition_gradients, pairs, factors, gradients)
+    _on_wide(partial(precondition_gradients, epsilon=epsilon), pairs, factors, gradients)
 
 
 def clip_steps_stacked(

@@ -23,7 +23,9 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
 
 
 @torch.no_grad()
-def precondition_gradients(factors: nn.Module | Iterable[Pair], damping: float = DAMPING) -> None:
+def precondition_gradients(
+    factors: nn.Module | Iterable[Pair], damping: float = DAMPING, epsilon: float | None = None
+) -> None:
     """Scale the gradients of all low-rank factors by the other factor's inverse Gram matrix, in place.
 
         G_B ← G_B (A Aᵀ + εI)⁻¹,    G_A ← (Bᵀ B + εI)⁻¹ G_A
@@ -40,12 +42,14 @@ def precondition_gradients(factors: nn.Module | Iterable[Pair], damping: float =
         factors: a model, or (in a loop, where the walk over the model would be repeated) its `factor_pairs`. Factors
             without a gradient are passed over.
         damping: relative damping, above 0.
+        epsilon: ε itself, above 0, in place of a relative one: 1e-5 is the paper's.
 
     Raises:
-        ValueError: `damping` is not above 0.
+        ValueError: `damping` or `epsilon` is not above 0.
     """
-    if not damping > 0:
-        raise ValueError(f"damping={damping!r} must be above 0.")
+    for name, value in (("damping", damping), ("epsilon", epsilon)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value!r} must be above 0.")
     pairs = factor_pairs(factors) if isinstance(factors, nn.Module) else factors
     batches: dict[tuple[object, ...], list[Pair]] = defaultdict(list)
     for a, b in pairs:
@@ -54,17 +58,16 @@ def precondition_gradients(factors: nn.Module | Iterable[Pair], damping: float =
             shapes = (1,) if a.shape[1] == 1 else (a.shape, b.shape, a.grad is None, b.grad is None)
             batches[(a.dtype, a.device, *shapes)].append((a, b))
     for batch in batches.values():
-        (_precondition_vectors if batch[0][0].shape[1] == 1 else _precondition_matrices)(batch, damping)
+        (_precondition_vectors if batch[0][0].shape[1] == 1 else _precondition_matrices)(batch, damping, epsilon)
 
 
-def _precondition_vectors(pairs: list[Pair], damping: float) -> None:
+def _precondition_vectors(pairs: list[Pair], damping: float, absolute: float | None) -> None:
     """Of rank one: every Gram matrix is a number, and those of all layers' adaptors stand in one vector."""
     counts = [len(a) for a, _ in pairs]
     dtype = at_least_float32(pairs[0][0].dtype)
     gram_a = torch.cat([_norms(a, 0, dtype) for a, _ in pairs]).square_()
     gram_b = torch.cat([_norms(b, 1, dtype) for _, b in pairs]).square_()
-    epsilon = (gram_a + gram_b).mul_(damping / 2)
-    epsilon += epsilon == 0  # where both factors are zero there is no metric: leave the gradient as it is
+    epsilon = _epsilon(gram_a + gram_b, damping / 2, absolute)
     gradients, divisors = [], []
     of_a, of_b = gram_b.add_(epsilon).split(counts), gram_a.add_(epsilon).split(counts)
     for (a, b), for_a, for_b in zip(pairs, of_a, of_b, strict=True):
@@ -80,16 +83,25 @@ def _norms(factor: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(factor, dim=[d for d in range(factor.dim()) if d != axis], dtype=dtype)
 
 
-def _precondition_matrices(pairs: list[Pair], damping: float) -> None:
+def _precondition_matrices(pairs: list[Pair], damping: float, absolute: float | None) -> None:
     """Of a higher rank, for layers of one shape: matrices below are (layers, C, ...)."""
     a, b = _stack([a for a, _ in pairs]), _stack([b.movedim(0, 2) for _, b in pairs])
     rank = a.shape[-2]
     gram_a, gram_b = a @ a.mT, b @ b.mT
-    mean = (gram_a + gram_b).diagonal(dim1=-2, dim2=-1).sum(-1).mul_(damping / (2 * rank))
-    mean += mean == 0  # as above
-    epsilon = torch.diag_embed(mean.unsqueeze(-1).expand(*mean.shape, rank))
+    traces = (gram_a + gram_b).diagonal(dim1=-2, dim2=-1).sum(-1)
+    one = _epsilon(traces, damping / (2 * rank), absolute)
+    epsilon = torch.diag_embed(one.unsqueeze(-1).expand(*one.shape, rank))
     _solve(gram_b.add_(epsilon), [a.grad for a, _ in pairs if a.grad is not None])
     _solve(gram_a.add_(epsilon), [b.grad.movedim(0, 2) for _, b in pairs if b.grad is not None])
+
+
+def _epsilon(traces: Tensor, share: float, absolute: float | None) -> Tensor:
+    """ε for each adaptor: a share of its Gram matrices' traces, or a number."""
+    if absolute is not None:
+        return torch.full_like(traces, absolute)
+    epsilon = traces.mul_(share)
+    epsilon += epsilon == 0  # there is no metric: leave the gradient as it is
+    return epsilon
 
 
 def _solve(gram: Tensor, gradients: list[Tensor]) -> None:

@@ -149,6 +149,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "local_steps": 5},
     {"alternating": True, "adaptor_learning_rate": 0.2, "router_learning_rate": 1.0},
     {"precondition": False, "local_steps": 3},
+    {"precondition_epsilon": 0.01},
 ]
 
 

@@ -70,6 +70,21 @@ def test_the_gradient_stays_tame_where_one_factor_is_zero() -> None:
             assert p.grad.isfinite().all() and p.grad.norm() <= 10 * before[name]
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_papers_epsilon_is_taken_as_it_is(rank: int) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(5, 4)), FloralConfig(target_modules=["0"], r=rank)).double()
+    randomize(model)
+    model(torch.randn(3, 5).double()).square().sum().backward()
+    layer = model.base_model.model[0]
+    b, gradient = layer.floral_B["default"].detach()[:, 2], layer.floral_A["default"].grad[2].clone()
+    precondition_gradients(model, epsilon=1e-5)
+    expected = torch.linalg.solve(b.T @ b + 1e-5 * torch.eye(rank).double(), gradient)
+    torch.testing.assert_close(layer.floral_A["default"].grad[2], expected)
+    with pytest.raises(ValueError, match=r"epsilon=0\.0 must be above 0"):
+        precondition_gradients(model, epsilon=0.0)
+
+
 def test_zero_factors_and_missing_gradients_do_no_harm() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), FloralConfig(target_modules=["0"], r=2))
     layer = model.base_model.model[0]
