@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -162,22 +161,12 @@ def _first_line(module: ModuleType) -> str:
     return textwrap.shorten((inspect.getdoc(module) or "").split("\n")[0], 200)
 
 
-def main() -> int:
-    """Write the pages; `--check`: tell whether they are what they should be."""
-    made = pages()
-    if "--check" in sys.argv:
-        stale = [name for name, text in made.items() if _read(FOLDER / name) != text]
-        print(f"out of date, run `make docs`: {', '.join(stale)}" if stale else "up to date")
-        return bool(stale)
+def main() -> None:
+    """Write the pages."""
     FOLDER.mkdir(exist_ok=True)
-    for name, text in made.items():
+    for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
-    return 0
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
