@@ -53,13 +53,24 @@ class FederatedArguments:
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Examples in an evaluation batch."})
     learning_rate: float = field(default=0.1, metadata={"help": "The clients' learning rate, of the base."})
     adaptor_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the adaptors. learning_rate by default."}
+        default=None,
+        metadata={
+            "help": "Learning rate of the adaptors. By default learning_rate, with "
+            'router_update="posterior" and SGD 6 times as much.'
+        },
     )
     router_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the router. learning_rate by default."}
     )
     weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay of the base and the adaptors; the router has none."}
+    )
+    max_step_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip the gradient of each base weight, and of each adaptor as the matrix that it adds, to this "
+            'norm; 0: no clipping. By default 1 with router_update="posterior" and SGD, otherwise none.'
+        },
     )
     max_grad_norm: float | None = field(
         default=None, metadata={"help": "Clip a local step's gradient to this norm. No clipping by default."}
@@ -101,6 +112,10 @@ class FederatedArguments:
             "help": 'How the server averages low-rank adaptors B A: their "factors", each apart, or the "product", '
             "which is then factored anew. For the product it sees each client's factors, not sums alone."
         },
+    )
+    prune_adaptors: bool = field(
+        default=True,
+        metadata={"help": 'With router_update="posterior", remove adaptors that are dead or duplicates as it goes.'},
     )
     optimal_routing: bool = field(
         default=False, metadata={"help": "Fix each client's router one-hot at the dataset's true cluster."}
@@ -190,7 +205,7 @@ class FederatedArguments:
         self._check_number("server_learning_rate", above_zero=True)
         for name in ("weight_decay", "proximal_weight"):
             self._check_number(name)
-        for name in ("adaptor_learning_rate", "router_learning_rate"):
+        for name in ("adaptor_learning_rate", "router_learning_rate", "max_step_norm"):
             self._check_number(name, optional=True)
         for name in ("max_grad_norm", "max_update_norm", "precondition_epsilon"):
             self._check_number(name, above_zero=True, optional=True)

@@ -77,6 +77,7 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, run: Identity) -> 
         "round": state.round,
         "run": run,
         "optimizer_tensors": list(tensors),
+        "adaptors": list(state.adaptors),
         "routing": {name: value.tolist() for name, value in state.routing.items()},
         "optimizer_values": [[*path, value] for path, value in memory.items() if path not in tensors],
         "private": list(checkpoint.private),
@@ -110,27 +111,49 @@ def load_checkpoint(folder: Path, reference: ServerState, run: Identity) -> Chec
         CheckpointError: The checkpoint is incomplete, damaged, or of another model, method or setting.
     """
     document = _read_state(folder)
+    _check_run(folder, document, run)
     try:
-        saved_run = document.get("run")
-        if not isinstance(saved_run, dict):
-            raise CheckpointError(f"{folder} does not say which run it is of: it was not written by this version.")
-        name = differing(saved_run, run)
-        if name is not None:
-            raise CheckpointError(
-                f"{folder} is of another run: {name} was {saved_run[name]!r}, now it is {run[name]!r}. Resume with "
-                "the settings that it began with, or train anew in another output_dir."
-            )
         round = document["round"]
         if type(round) is not int or folder.name != f"checkpoint-{round}":
             raise CheckpointError(f"{folder} is damaged or has another's name: it holds round {round!r}.")
         server = ServerState(round, _read_tensors(folder, reference), _read_memory(folder, document))
         memory = {name: _placed(entries, reference.tensors[name]) for name, entries in server.optimizer.items()}
         server = replace(server, optimizer=memory)
-        routing = document.get("routing", {}).items()
-        server = replace(server, routing={name: torch.tensor(value, dtype=torch.float64) for name, value in routing})
+        routing = {n: torch.tensor(value, dtype=torch.float64) for n, value in document.get("routing", {}).items()}
+        server = replace(server, routing=routing, adaptors=tuple(document.get("adaptors", ())))
         return Checkpoint(server, [str(name) for name in document["private"]], dict(document["trainer"]))
     except _UNREADABLE as error:
         raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+
+
+def saved_adaptors(folder: Path, run: Identity) -> list[int]:
+    """The adaptors that a checkpoint's state holds, by the numbers that they had when the run began.
+
+    Args:
+        folder: The checkpoint's folder.
+        run: What defines this run.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, damaged, or of another run.
+    """
+    document = _read_state(folder, checked=(_STATE,))
+    _check_run(folder, document, run)
+    try:
+        return [int(number) for number in document.get("adaptors", ())]
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_run(folder: Path, document: Mapping[str, Any], run: Identity) -> None:
+    saved_run = document.get("run")
+    if not isinstance(saved_run, dict):
+        raise CheckpointError(f"{folder} does not say which run it is of: it was not written by this version.")
+    name = differing(saved_run, run)
+    if name is not None:
+        raise CheckpointError(
+            f"{folder} is of another run: {name} was {saved_run[name]!r}, now it is {run[name]!r}. Resume with "
+            "the settings that it began with, or train anew in another output_dir."
+        )
 
 
 def private_files(output_dir: Path, rounds: Collection[int]) -> dict[int, list[str]]:

@@ -23,7 +23,7 @@ from floral_peft.federated.plain_sgd import PlainSGD
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
 from floral_peft.federated.visitor import Visitor
-from floral_peft.tuner import factor_pairs, precondition_gradients
+from floral_peft.tuner import base_weights, clip_steps, factor_pairs, precondition_gradients
 
 
 # A client makes few steps: a loss scale that starts at PyTorch's 2¹⁶ would lose the first of them to overflows.
@@ -125,7 +125,8 @@ class LocalTraining:
         plain = args.optimizer.lower() == "sgd" and not args.optimizer_kwargs and not args.fp16
         optimizer: Any = PlainSGD(groups) if plain else args.build_optimizer(groups)
         scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=_INITIAL_LOSS_SCALE) if args.fp16 else None
-        factors = factor_pairs(self._model) if args.precondition else []
+        factors = factor_pairs(self._model) if args.precondition or args.max_step_norm else []
+        weights = base_weights(self._model) if args.max_step_norm else []
         pull = Pull(parameters, self._groups.anchors, state.tensors, args.proximal_weight)
         pulled = [parameters[name] for name in pull.names]
         total = torch.zeros((), device=accelerator.device)
@@ -138,8 +139,10 @@ class LocalTraining:
                 scaler.unscale_(optimizer)
             if pulled:
                 pull([_gradient(parameter) for parameter in pulled], pulled)
-            if factors:
+            if factors and args.precondition:
                 precondition_gradients(factors, epsilon=args.precondition_epsilon)
+            if args.max_step_norm:
+                clip_steps(factors, args.max_step_norm, weights)
             if args.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
             if scaler is None:

@@ -56,10 +56,6 @@ class Forward:
         model: The model.
         loss_fn: Loss of the model's outputs and the labels, a scalar.
 
-    Attributes:
-        discount_labels: Whether a classifier's loss is that of logits + log q in training, q(y) being how often the
-            client has the label y, where that loss is the cross entropy. Then what a client's labels are, by chance or
-            by nature, is no part of what its adaptors learn. Outputs are plain.
     """
 
     #: Whether the loss can discount the labels.
@@ -67,7 +63,7 @@ class Forward:
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction | None = None) -> None:
         self._model = model
-        self.discount_labels = False
+        self.discounting = False
         self._classes: int | None = None  # 0: the model is no classifier
         # Around our tuner a plain PeftModel calls the base model and adds nothing, but takes a while for it.
         self._inside: nn.Module | None = None
@@ -98,6 +94,19 @@ class Forward:
         loss = nn.functional.cross_entropy(prediction.logits + batch[LABEL_PRIOR], labels)
         return replace(prediction, loss=loss)
 
+    def discount_labels(self, asked: bool) -> None:
+        """Whether a classifier's loss is to be that of logits + log q in training, where it is the cross entropy.
+
+        q(y) is how often the client has the label y: what its labels are, by chance or by nature, is then no part of
+        what its adaptors learn. Outputs stay plain.
+
+        Raises:
+            ValueError: It is asked for, but the method's loss cannot do so.
+        """
+        if asked and not self.discounts_labels:
+            raise ValueError(f"label_prior=True: {type(self).__name__} has a loss that cannot discount labels.")
+        self.discounting = asked
+
     def constants(self, dataset: Dataset, examples: Examples) -> Batch:
         """What the batches of a client's turn hold beside its examples.
 
@@ -105,7 +114,7 @@ class Forward:
             dataset: The client's examples, at least one.
             examples: The same, ready to be cut into batches.
         """
-        if not self.discount_labels or self._classes == 0 or (labels := labels_of(dataset)) is None:
+        if not self.discounting or self._classes == 0 or (labels := labels_of(dataset)) is None:
             return {}
         if self._classes is None:
             with generators_kept(examples.device):

@@ -6,7 +6,8 @@ import logging
 import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -51,10 +52,12 @@ class RoundReport:
         router_entropy: Mean entropy of the trained clients' routers, in nats. None for fewer than two clients: it
             would be the client's own.
         usage: p(c), the share of the cohort's examples that each adaptor stands for. None as above.
+        adaptors: The adaptors to which `usage` refers, by the numbers that they had when the run began.
         switches: How many of the trained clients have another best adaptor than at their last participation; where the
             router's update tells. None as above.
         truncation: What `adaptor_aggregation="product"` loses: the largest relative error of an adaptor. Else None.
         mismatch: `cluster_mismatch`, where the true clusters are known. None as above.
+        pruned: The adaptors that were removed after the round, by their first numbers, and why: as of `told`.
         bytes_down: What a client is sent: the public tensors.
         bytes_up: What a client sends: its deltas and its usage.
         seconds: Duration by phase, on the main process; "route" is what clients do on arrival, "wait" is for the other
@@ -74,6 +77,8 @@ class RoundReport:
     bytes_down: int
     bytes_up: int
     seconds: dict[str, float]
+    adaptors: list[int] = field(default_factory=list)
+    pruned: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ def run_round(
         bytes_down=sent,
         bytes_up=sent + (usages[0].nbytes if usages else 0) + sum(value.nbytes for value in aggregate.sums.values()),
         seconds=clock.seconds,
+        adaptors=list(state.adaptors),
     )
 
 

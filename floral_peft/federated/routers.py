@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -69,6 +70,8 @@ class Routers:
         self._fixed = fixed
         self._steps = self._trains and fixed is None and not given  # whether local steps train them
         self._start = _Rows(range(0), torch.zeros(0, *self.shape))
+        self._outside: Tensor | None = None  # the table that the model held before it was visited
+        self.restart()
         for client_id, cluster in (fixed or {}).items():
             if cluster >= self.shape[-1]:
                 raise ValueError(
@@ -111,6 +114,20 @@ class Routers:
             raise ValueError("optimal_routing=True needs the true clusters: FederatedDataset(..., clusters={...}).")
         return cls(model, names[0], clusters if optimal_routing else None, given, settings)
 
+    def restart(self) -> None:
+        """All adaptors are there that the model's table is over."""
+        self.shape = self._table().shape[1:]
+        self._shown = list(range(self.shape[-1]))
+
+    def show(self, adaptors: Sequence[int]) -> None:
+        """The model's table is now over other adaptors, by the numbers that they had at the last `restart`."""
+        if self._outside is not None:
+            columns = [self._shown.index(number) if number in self._shown else -1 for number in adaptors]
+            padded = nn.functional.pad(self._outside, (0, 1))  # adaptors that come back were lost: logit 0
+            self._outside = padded[..., columns]
+        self._shown = list(adaptors)
+        self.shape = torch.Size([self.shape[0], len(self._shown)])
+
     def remember(self) -> None:
         """Take the routers that the model holds as those with which their clients start, unless they are fixed.
 
@@ -124,13 +141,13 @@ class Routers:
         if self._fixed is not None:
             return self._one_hot([self._fixed[client_id]])
         row = self._start.row(client_id)
-        return torch.zeros(1, *self.shape) if row is None else self._start.table[row : row + 1].clone()
+        return torch.zeros(1, *self.shape) if row is None else self._start.table[row : row + 1, :, self._shown]
 
     @contextmanager
     def visited(self) -> Iterator[None]:
         """Within, the model holds a single router, that of the client at hand; afterwards, those that it held."""
         config, router = self._model.active_peft_config, self._model.router
-        table, selected = self._table().detach().clone(), router.client
+        self._outside, selected = self._table().detach().clone(), router.client
         count, names = config.num_clients, config.client_names
         adapter = self.name.rpartition(".")[2]
         settings = router.settings[adapter]
@@ -139,8 +156,10 @@ class Routers:
         try:
             yield
         finally:
-            router.settings[adapter] = settings
-            self._model.set_routers(table, names)
+            shown = router.settings[adapter]
+            router.settings[adapter] = replace(shown, noise=settings.noise, straight_through=settings.straight_through)
+            self._model.set_routers(self._outside, names)
+            self._outside = None
             config.num_clients = count
             router.select(selected)
             self._table().requires_grad_(self._trains)
@@ -173,7 +192,8 @@ class Routers:
             ids: The clients.
             trained: As in `install`.
         """
-        self._model.set_routers(self._routers_of(ids, self._start, trained))
+        start = _Rows(self._start.names, self._start.table[..., self._shown])
+        self._model.set_routers(self._routers_of(ids, start, trained))
         try:
             mixtures: Tensor = self._model.mixture(torch.arange(len(ids)))
         finally:

@@ -16,6 +16,7 @@ from floral_peft.federated.checkpoint import (
     private_files,
     prune_checkpoints,
     save_checkpoint,
+    saved_adaptors,
 )
 from floral_peft.federated.identity import Identity
 from floral_peft.federated.records import Records
@@ -67,6 +68,10 @@ class RunFolder:
         if not overwrite:
             self._check_unused()
         return Checkpoint(held)
+
+    def adaptors(self, wanted: str | Path | bool | None, run: Identity) -> list[int]:
+        """The adaptors that the checkpoint to resume from holds, as of `saved_adaptors`; empty without one."""
+        return saved_adaptors(find_checkpoint(self._path, wanted), run) if wanted else []
 
     def go_back(self, round: int, best: int | None) -> None:
         """Forget what an earlier run has written after a round.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,18 +31,27 @@ class ServerState:
         tensors: The public tensors, in float32 at least, whatever the model computes in.
         optimizer: The server optimiser's state of each parameter.
         routing: What the router's update remembers: sums over clients, float64 on the CPU.
+        adaptors: The adaptors that there are, by the numbers that they had when the run began.
     """
 
     round: int
     tensors: dict[str, Tensor]
     optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
     routing: dict[str, Tensor] = field(default_factory=dict)
+    adaptors: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, groups: ParameterGroups, routing: Mapping[str, Tensor] | None = None) -> ServerState:
+    def of(
+        cls,
+        model: nn.Module,
+        groups: ParameterGroups,
+        routing: Mapping[str, Tensor] | None = None,
+        adaptors: tuple[int, ...] = (),
+    ) -> ServerState:
         """The state before the first round: a copy of the model's public tensors."""
         held = tensors_of(model)
-        return cls(0, {name: _master_copy(held[name]) for name in groups.public}, routing=dict(routing or {}))
+        tensors = {name: _master_copy(held[name]) for name in groups.public}
+        return cls(0, tensors, routing=dict(routing or {}), adaptors=adaptors)
 
     def to_message(self) -> Message:
         """The state, as one process tells it to another."""
@@ -53,11 +62,11 @@ class ServerState:
             )
             for name, entries in self.optimizer.items()
         ]
-        return pack_states([([self.round, {}], self.tensors), (["", {}], self.routing), *memory])
+        return pack_states([([self.round, self.adaptors], self.tensors), (None, self.routing), *memory])
 
     def of_message(self, message: Message) -> ServerState:
         """The state that another process told, on the devices of this one."""
-        ([round, _], tensors), (_, routing), *memory = unpack_states(message)
+        ([round, adaptors], tensors), (_, routing), *memory = unpack_states(message)
         devices = {name: value.device for name, value in self.tensors.items()}
         optimizer = {
             # Step counters stay on the CPU, where torch.optim keeps them.
@@ -68,7 +77,7 @@ class ServerState:
             for (name, values), held in memory
         }
         placed = {name: value.to(devices[name]) for name, value in tensors.items()}
-        return ServerState(round, placed, optimizer, routing)
+        return ServerState(round, placed, optimizer, routing, tuple(adaptors))
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def server_step(state: ServerState, aggregate: Aggregate, settings: ServerSettin
     for name in groups.statistics:
         tensors[name] += aggregate.deltas[name].to(tensors[name])
     if not names:  # every parameter is private
-        return ServerState(state.round + 1, tensors, routing=routing)
+        return replace(state, round=state.round + 1, tensors=tensors, optimizer={}, routing=routing)
     optimizer = settings.build_optimizer([tensors[name] for name in names])
     for name in names:
         if name in state.optimizer:
@@ -129,7 +138,7 @@ def server_step(state: ServerState, aggregate: Aggregate, settings: ServerSettin
     for name in names:
         tensors[name].grad = None
     kept = keep_unused(tensors, state.tensors, aggregate.used(), groups)
-    return ServerState(state.round + 1, kept, memory, routing)
+    return replace(state, round=state.round + 1, tensors=kept, optimizer=memory, routing=routing)
 
 
 def _copied(memory: Mapping[str, Any]) -> dict[str, Any]:

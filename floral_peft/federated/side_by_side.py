@@ -25,11 +25,11 @@ from floral_peft.federated.norms import resting_norms
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.seeding import ClientId, derive_seed
 from floral_peft.federated.server import PrivateState, ServerState
-from floral_peft.federated.stacked_gradients import clip_stacked, precondition_stacked
+from floral_peft.federated.stacked_gradients import clip_stacked, clip_steps_stacked, precondition_stacked
 from floral_peft.federated.stacked_model import Stack, StackedModel
 from floral_peft.federated.stacked_optimizer import StackedOptimizer, unserved
 from floral_peft.federated.visitor import Visitor
-from floral_peft.tuner import factor_pairs
+from floral_peft.tuner import base_weights, factor_pairs
 
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,9 @@ class SideBySide:
         trained = {name: stacked.tensors[name] for name in phase}
         optimizer = StackedOptimizer(args.build_optimizer(optimizer_groups(trained, self._groups, args)), len(lanes))
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._model.named_parameters()}
-        factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if args.precondition else []
+        asked = args.precondition or args.max_step_norm
+        factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if asked else []
+        weights = [names[weight] for weight in base_weights(self._model)] if args.max_step_norm else []
         pull = Pull(trained, self._groups.anchors, state.tensors, args.proximal_weight)
         totals = torch.zeros(len(lanes), device=self._accelerator.device)
         for lane in lanes:
@@ -187,9 +189,12 @@ class SideBySide:
                         phase, chosen, stacked_batch(group, packed), [lane.generators.device for lane in group]
                     )
                 pull([gradients[name] for name in pull.names], [trained[name][chosen] for name in pull.names])
-                if any(a in gradients or b in gradients for a, b in factors):
+                if any(a in gradients or b in gradients for a, b in factors) or weights:
                     part = {name: stacked.tensors[name][chosen] for pair in factors for name in pair}
-                    precondition_stacked(factors, part, gradients, args.precondition_epsilon)
+                    if args.precondition:
+                        precondition_stacked(factors, part, gradients, args.precondition_epsilon)
+                    if args.max_step_norm:
+                        clip_steps_stacked(factors, part, weights, gradients, args.max_step_norm)
                 if args.max_grad_norm is not None:
                     clip_stacked(gradients.values(), args.max_grad_norm)
                 optimizer.step(chosen, {trained[name]: gradients[name] for name in phase})

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, default_
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
+from floral_peft.federated.adaptors import Adaptors, without_adaptors
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator
 from floral_peft.federated.best import exported, note_evaluation, restore
@@ -40,8 +42,7 @@ from floral_peft.federated.publishing import Publishing
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
 from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
-from floral_peft.federated.routing import RouterUpdate, discounts_labels
-from floral_peft.federated.routing.schedule import START_STD
+from floral_peft.federated.routing import RouterUpdate, told
 from floral_peft.federated.run_folder import RunFolder
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
@@ -50,7 +51,6 @@ from floral_peft.federated.store import PrivateStore
 from floral_peft.federated.turn import Arrived, Turn, Workplace, with_arrival
 from floral_peft.federated.visitor import Visitor, modes_kept
 from floral_peft.federated.visits import Private, Visits
-from floral_peft.tuner import separate_adaptors
 
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ class FederatedTrainer(Publishing, Personalizing):
         if own is not None or args.optimal_routing:
             self._update = RouterUpdate(args)
         self._arrival = own or self._update.arrival()
-        self._forward.discount_labels = discounts_labels(args, self._update, self._forward)
+        settled = self._update.settle(args)
+        self._forward.discount_labels(bool(settled.label_prior))
         given = self._arrival is not None
         self._routers = Routers.of(
             model, dataset.clusters, args.optimal_routing, args.stateless, given, self._update.settings
@@ -137,9 +138,10 @@ class FederatedTrainer(Publishing, Personalizing):
         if self._routers is not None:
             self._routers.remember()
             self._untrained[self._routers.name] = torch.zeros(1, *self._routers.shape)
+        self._adaptors = Adaptors(model, self._routers)
         self._visits = Visits(self.processes, dataset)
         self._place = Workplace(
-            model, self._visitor, self._forward, self._groups, args, self.accelerator, self._collator
+            model, self._visitor, self._forward, self._groups, settled, self.accelerator, self._collator
         )
         self._settings = ServerSettings(
             groups=self._groups,
@@ -168,10 +170,13 @@ class FederatedTrainer(Publishing, Personalizing):
         every = [RoundFlowCallback, *shown, *(callbacks or [])]
         self.callback_handler: Any = CallbackHandler(every, model, None, None, None)
         self._event("on_init_end")
+        self._made_of = identity(args, self.method.name, dataset, model)
 
     @property
     def _identity(self) -> Identity:
-        return identity(self.args, self.method.name, self.dataset, self.model)
+        now = identity(self.args, self.method.name, self.dataset, self.model)
+        # Of the adaptors, what they were when the run began.
+        return now | {name: value for name, value in self._made_of.items() if name.startswith("FloralConfig.")}
 
     @property
     def records(self) -> list[Record]:
@@ -198,6 +203,7 @@ class FederatedTrainer(Publishing, Personalizing):
             TooFewClientsError: In some round fewer than `min_clients` updates arrived.
             ValueError: `output_dir` holds an earlier run, or the examples do not fit the model.
         """
+        self._place = self._place._replace(args=self._update.settle(self.args))
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         with ExitStack() as stack:
             self.processes.on_main(partial(stack.enter_context, locked(self.output_dir)))
@@ -326,10 +332,16 @@ class FederatedTrainer(Publishing, Personalizing):
             finally:
                 self._rest(server)
             clock.lap("server step")
+            drops = self._update.prune(server.routing, server.round)
+            if drops:
+                report = replace(report, pruned=told(drops, server.adaptors))
+                server = self._without(server, [drop.adaptor for drop in drops])
+                training = self._cohort_training(server)
+                self._rest(server)
             reports.append(report)
             self._end_round(server, report)
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            self._take_best(server, self.state.best_global_step)
+            self._take_best(self.state.best_global_step)
         self._event("on_train_end")
         return reports
 
@@ -346,7 +358,8 @@ class FederatedTrainer(Publishing, Personalizing):
             found[client_id] = self._arrived(self._turn(client_id, own, state))
             if self._arrival is not None:
                 clock.lap("route")
-            return examples, found[client_id].private
+            chosen = found[client_id].trains_on
+            return examples if chosen is None else chosen, found[client_id].private
 
         outcomes = training(list(private), load, state)
         for client_id in private:
@@ -380,6 +393,20 @@ class FederatedTrainer(Publishing, Personalizing):
         if self.control.should_save or (self.control.should_training_stop and self.args.save_steps):
             self._save(server)
 
+    def _without(self, server: ServerState, dropped: Sequence[int]) -> ServerState:
+        """The server's state without some adaptors, which then are gone from the model, too."""
+        kept = [number for number in range(len(server.adaptors)) if number not in dropped]
+        axes = {name: cluster.axis for name, cluster in self._groups.clustered.items()}
+        server = without_adaptors(server, kept, axes)
+        self._fit(server.adaptors)
+        return replace(server, routing=self._update.keep(server.routing, kept))
+
+    def _fit(self, adaptors: Sequence[int]) -> None:
+        """Make the model one of these adaptors; between visits, when it holds no client's tensors."""
+        if self._adaptors.fit(adaptors) and self._routers is not None:
+            self._untrained = self._visitor.private() | {self._routers.name: torch.zeros(1, *self._routers.shape)}
+            self._settings = replace(self._settings, routers=self._routers.shape)
+
     def _rest(self, server: ServerState) -> None:
         """Between rounds the model holds the server's tensors and no client's."""
         self._visitor.load(self._untrained, server)
@@ -399,14 +426,14 @@ class FederatedTrainer(Publishing, Personalizing):
         """A client's private tensors: as it stored them, or those with which it starts."""
         stored = None if self.args.stateless else self._store.get(client_id)
         if stored is not None:
-            return stored
+            return self._adaptors.held(stored, self._untrained)
         if self._routers is None:
             return self._untrained
         return {**self._untrained, self._routers.name: self._routers.initial(client_id)}
 
     def _keep(self, client_id: ClientId, round: int, private: PrivateState) -> None:
         if not self.args.stateless:
-            self._store.put(client_id, round, private)
+            self._store.put(client_id, round, self._adaptors.stored(private))
 
     def _turn(self, client_id: ClientId, private: PrivateState, state: ServerState | None = None) -> Turn:
         """A client at the model; without the server's state, the model holds it already."""
@@ -426,8 +453,7 @@ class FederatedTrainer(Publishing, Personalizing):
         return self._told([item for part in self.processes.gather(pack_states(found)) for item in unpack_states(part)])
 
     def _kept_routers(self, name: str) -> dict[ClientId, Tensor]:
-        stored = ((client_id, self._store.get(client_id)) for client_id in self._store.clients())
-        return self._told([(client_id, {name: state[name]}) for client_id, state in stored if state is not None])
+        return self._told([(client_id, {name: self._private(client_id)[name]}) for client_id in self._store.clients()])
 
     def _told(self, mains: list[tuple[ClientId, PrivateState]]) -> dict[ClientId, Tensor]:
         """What the main process has found for clients, a tensor each, in every process."""
@@ -450,17 +476,18 @@ class FederatedTrainer(Publishing, Personalizing):
                     if self._round == 0:
                         self._routers.remember()
                     stack.enter_context(self._routers.visited())
-            stack.callback(self._visitor.load, self._untrained)
+            stack.callback(lambda: self._visitor.load(self._untrained))  # as they are then: adaptors may be fewer
             yield
 
     def _first_state(self, wanted: str | Path | bool | None) -> ServerState:
         """The server's state with which training begins: a checkpoint's, or what the model holds."""
-        if self._update.needs_difference:
-            start = torch.Generator().manual_seed(derive_seed(self.args.seed, "adaptors"))
-            separate_adaptors(self.model, START_STD, start)
         memory = self._update.start(self._routers.shape[-1]) if self._routers is not None else {}
-        held = ServerState.of(self.model, self._groups, memory)
         mine = self._identity
+        if not wanted:
+            self._adaptors.restart()
+        else:
+            self._fit(self.processes.on_main(lambda: (self._folder.adaptors(wanted, mine), {}))[0])
+        held = ServerState.of(self.model, self._groups, memory, self._adaptors.alive)
 
         def read() -> Message:
             first = self._folder.first(wanted, held, mine, self.args.overwrite_output_dir, self.args.rounds)
@@ -493,13 +520,16 @@ class FederatedTrainer(Publishing, Personalizing):
         self.processes.on_main(write)
         self._event("on_save")
 
-    def _take_best(self, server: ServerState, round: int) -> None:
+    def _take_best(self, round: int) -> None:
         """Go back to the best checkpoint: the server's tensors and the clients' private state of its round."""
+        folder = self.output_dir / f"checkpoint-{round}"
+        self._fit(self.processes.on_main(lambda: (self._folder.adaptors(folder, self._identity), {}))[0])
+        held = ServerState.of(self.model, self._groups)
 
         def read() -> Message:
-            return self._folder.take(round, server, self._identity).to_message()
+            return self._folder.take(round, held, self._identity).to_message()
 
-        best = server.of_message(self.processes.on_main(read))
+        best = held.of_message(self.processes.on_main(read))
         self._visitor.load(self._untrained, best)
         self._round = best.round
         self.client_metrics = {}  # they are of the last round

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Batch, Collator, Examples, ordered_batches
 from floral_peft.federated.client import LocalTraining
-from floral_peft.federated.forward import Forward
+from floral_peft.federated.forward import LABELS, Forward
 from floral_peft.federated.groups import ParameterGroups
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.routers import Routers
@@ -57,6 +57,13 @@ class Turn:
         private: Its private tensors.
         round: The rounds done.
         state: The server's state, in training; None in evaluation, where the model holds it already.
+
+    Attributes:
+        memory: What the server remembers of the routers, in training.
+        client_id: The client.
+        dataset: Its training examples.
+        real_labels: How many numbers a label has, where labels are real numbers rather than classes or tokens; known
+            once there are losses.
     """
 
     def __init__(
@@ -71,10 +78,12 @@ class Turn:
     ) -> None:
         self._place = place
         self._routers = routers
-        self._client_id = client_id
-        self._dataset = dataset
+        self.client_id = client_id
+        self.dataset = dataset
         self._state = state
         self.round = round
+        self.memory: Mapping[str, Tensor] = {} if state is None else state.routing
+        self.real_labels: int | None = None
         self.private = private
         self.num_examples = len(dataset)
 
@@ -100,9 +109,9 @@ class Turn:
         return self._routers
 
     @property
-    def memory(self) -> Mapping[str, Tensor] | None:
-        """What the server remembers of the routers, in training; None in evaluation."""
-        return None if self._state is None else self._state.routing
+    def training(self) -> bool:
+        """Whether the client is to train, or to be evaluated."""
+        return self._state is not None
 
     def with_logits(self, logits: Tensor) -> PrivateState:
         """The client's private tensors, but with another router.
@@ -126,7 +135,11 @@ class Turn:
 
     def pure_losses(self) -> Tensor:
         """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,)."""
-        return self.pure_means(lambda batch: self.forward(batch).loss)
+        return self.pure_means(self._loss)
+
+    def pure_losses_of(self, parts: Sequence[Dataset]) -> list[Tensor]:
+        """The same for parts of the client's training examples, none of them empty."""
+        return self._pure_means(self._loss, parts)
 
     def pure_means(self, function: Callable[[Batch], Tensor]) -> Tensor:
         """The mean over training examples of a function that runs the model, for each adaptor alone, float32, (C,).
@@ -134,26 +147,38 @@ class Turn:
         Args:
             function: Batch → its mean over the batch, a scalar.
         """
-        counts, batches = zip(*self._batches(), strict=True)
+        return self._pure_means(function, [self.dataset])[0]
+
+    def _pure_means(self, function: Callable[[Batch], Tensor], parts: Sequence[Dataset]) -> list[Tensor]:
+        batches = [(part, *item) for part, dataset in enumerate(parts) for item in self._batches(dataset)]
         with self._place.accelerator.autocast():
-            means = self.routers.pure_models.losses(function, batches)
-        weighted = [mean.float() * count for mean, count in zip(means, counts, strict=True)]
-        return torch.stack(weighted).sum(dim=0).cpu() / self.num_examples
+            means = self.routers.pure_models.losses(function, [batch for _, _, batch in batches])
+        totals = [torch.zeros(self.routers.shape[-1]) for _ in parts]
+        for (part, count, _), mean in zip(batches, means, strict=True):
+            totals[part] += mean.float().cpu() * (count / len(parts[part]))
+        return totals
+
+    def _loss(self, batch: Batch) -> Tensor:
+        labels = batch.get(LABELS)
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            self.real_labels = labels[0].numel()
+        loss: Tensor = self.forward(batch).loss
+        return loss
 
     def has(self, column: str) -> bool:
         """Whether batches of the client's examples have a column."""
         return column in next(self._batches())[1]
 
-    def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """The client's training examples in order, for a model that holds the client's tensors: sizes and batches."""
+    def _batches(self, dataset: Dataset | None = None) -> Iterator[tuple[int, Batch]]:
+        """Training examples of the client, all by default, for a model that holds its tensors: sizes and batches."""
         place, args = self._place, self._place.args
         device = place.accelerator.device
         # A dataset's transform may draw from the global generators.
-        seed_generators(derive_seed(args.seed, "relearn", self.round, self._client_id), device)
+        seed_generators(derive_seed(args.seed, "relearn", self.round, self.client_id), device)
         place.visitor.load(self.private, self._state)
         place.model.eval()
-        examples = Examples(self._dataset, place.collator, device)
-        constants = place.forward.constants(self._dataset, examples)
+        examples = Examples(self.dataset if dataset is None else dataset, place.collator, device)
+        constants = place.forward.constants(self.dataset, examples)
         batches = examples.batches(ordered_batches(len(examples), args.per_device_eval_batch_size))
         return ((count, {**batch, **constants}) for count, batch in batches)
 
@@ -170,7 +195,7 @@ class Turn:
         before = ServerState.of(place.model, place.groups)
         try:
             if self.num_examples:
-                LocalTraining(*place)(self._client_id, self._dataset, self.private, before)
+                LocalTraining(*place)(self.client_id, self.dataset, self.private, before)
             yield
         finally:
             place.visitor.load(self.private, before)
@@ -184,11 +209,13 @@ class Arrived:
         private: The private tensors with which it trains, or is evaluated.
         kept: Those of them that it keeps in place of what it trained with.
         sums: What it tells the server for its sums over the cohort, float64 on the CPU: see [`RouterUpdate.sums`].
+        trains_on: Those of its examples that it trains on; None: all.
     """
 
     private: PrivateState
     kept: PrivateState = field(default_factory=dict)
     sums: Mapping[str, Tensor] = field(default_factory=dict)
+    trains_on: Dataset | None = None
 
 
 def with_arrival(outcome: Outcome, arrived: Arrived | None) -> Outcome:

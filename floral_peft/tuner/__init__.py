@@ -16,7 +16,6 @@ from floral_peft.tuner.pure import PureModels, pure_losses
 from floral_peft.tuner.registration import register
 from floral_peft.tuner.roles import Role, parameter_roles, private_buffers
 from floral_peft.tuner.router import Router
-from floral_peft.tuner.symmetry import separate_adaptors
 
 
 __all__ = [
@@ -49,6 +48,5 @@ __all__ = [
     "register",
     "reinitialized",
     "save_plain",
-    "separate_adaptors",
     "write_card",
 ]

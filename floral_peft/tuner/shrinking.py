@@ -59,6 +59,24 @@ class Shrinking:
         if config.router_top_k is not None:
             config.router_top_k = min(config.router_top_k, len(kept))
 
+    def make_room(self, num_adaptors: int, router_top_k: int | None = None, adapter_name: str | None = None) -> None:
+        """Undo `keep_adaptors` but for the values, which are then to be loaded: all adaptors are the first one.
+
+        Args:
+            num_adaptors: how many there are to be.
+            router_top_k: how many of them are mixed, as in `FloralConfig`.
+            adapter_name: the adapter; by default, the first active one.
+        """
+        name = self._adapter(adapter_name)
+        self._check_not_merged("add adaptors")
+        copies = torch.zeros(num_adaptors, dtype=torch.int64)
+        for layer in self._layers():
+            if layer.holds(name):
+                layer.keep_adaptors(name, copies)
+        self.floral_router.keep_adaptors(name, copies)
+        self.peft_config[name].num_adaptors = num_adaptors
+        self.peft_config[name].router_top_k = self.floral_router.settings[name].top_k = router_top_k
+
     def compress(
         self,
         r: int | None = None,

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
-from floral_peft.federated import FederatedArguments, UpdateError
+from floral_peft.federated import FederatedArguments, FederatedDataset, ServerState, Turn, UpdateError
 from floral_peft.federated.aggregation import ClientUpdate, check_update
 from floral_peft.federated.label_prior import label_log_prior
 from floral_peft.federated.routing import RouterUpdate, get_router_update, register_router_update, schedule
 from floral_peft.federated.routing.balance import balance
-from floral_peft.tuner import separate_adaptors
+from floral_peft.federated.routing.posterior import hold_out
+from floral_peft.federated.seeding import derive_seed
 
-from .clients import floral_net, population, tensors, trainer
+from .clients import examples, floral_net, net, tensors, trainer
 
 
 POSTERIOR: dict[str, Any] = {"router_update": "posterior"}
@@ -28,11 +30,11 @@ def started(**config: Any) -> Any:
     return floral_net(init_std=0.7, **config)
 
 
-def pure_losses(run: Any, client_id: str, discount: bool = True) -> Tensor:
-    """f_c of one client, by the model's public interface."""
-    data = run.dataset[client_id]["train"]
+def pure_losses(run: Any, client_id: str, discount: bool = True, data: Dataset | None = None) -> Tensor:
+    """f_c of one client, on some or all of its examples, by the model's public interface."""
+    data = run.dataset[client_id]["train"] if data is None else data
     points, labels = torch.tensor(data["points"][:]), torch.tensor(data["labels"][:])
-    counts = torch.bincount(labels, minlength=3) + 0.3
+    counts = torch.bincount(torch.tensor(run.dataset[client_id]["train"]["labels"][:]), minlength=3) + 0.3
     prior = torch.log(counts / counts.sum()) if discount else torch.zeros(3)
     losses = []
     for adaptor in range(run._routers.shape[-1]):
@@ -60,13 +62,25 @@ def test_a_client_is_evaluated_with_the_posterior_given_its_examples(
         assert torch.allclose(mixture, torch.softmax(-count * losses, dim=0), atol=1e-4)
 
 
+def assigned(client_id: str) -> Tensor:
+    adaptor = derive_seed(42, "adaptor", client_id) % 2
+    return schedule.ASSIGNED * nn.functional.one_hot(torch.tensor(adaptor), 2).float()
+
+
+def visited(run: Any, client_id: str, theta: Tensor) -> Tensor:
+    """θ after a visit that changes nothing else."""
+    theta = schedule.CLIENT_MEMORY * theta
+    theta = theta - run.dataset.num_examples(client_id, "train") * pure_losses(run, client_id)
+    return theta - theta.max()
+
+
 def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_of_it(tmp_path: Path) -> None:
     run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=2, **POSTERIOR)
     run.train()
-    kept = run._store.get("client 0")[run._routers.name]
-    evidence = -run.dataset.num_examples("client 0", "train") * pure_losses(run, "client 0")
-    expected = schedule.CLIENT_MEMORY * (evidence - evidence.max()) + evidence
-    assert torch.allclose(kept.flatten(), expected - expected.max(), atol=1e-3)
+    for client_id in run.dataset:
+        kept = run._store.get(client_id)[run._routers.name].flatten()
+        expected = visited(run, client_id, visited(run, client_id, assigned(client_id)))
+        assert torch.allclose(kept, expected, atol=1e-3)
 
 
 def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path) -> None:
@@ -75,34 +89,94 @@ def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path) -> None:
     memory = json.loads((tmp_path / "checkpoint-2/server/state.json").read_bytes())["routing"]
     usage = torch.zeros(2, dtype=torch.float64)
     sums = torch.zeros(2, 2, dtype=torch.float64)
-    theta = {client_id: torch.zeros(2) for client_id in run.dataset}
+    theta = {client_id: assigned(client_id) for client_id in run.dataset}
     for round in range(2):
         handicap = balance(usage, schedule.BALANCE * (1 - round / schedule.BALANCED))
         usage, sums = (schedule.server_decay(1.0) * value for value in (usage, sums))
         for client_id in run.dataset:
-            losses = pure_losses(run, client_id)
-            count = run.dataset.num_examples(client_id, "train")
-            theta[client_id] = schedule.CLIENT_MEMORY * theta[client_id] - count * losses
-            theta[client_id] -= theta[client_id].max()
+            theta[client_id] = visited(run, client_id, theta[client_id])
             mixture = torch.softmax(theta[client_id].double() - handicap, dim=0)
             usage = usage + mixture
-            sums = sums + torch.outer(mixture, losses.double())
+            held_out, _ = hold_out(run.dataset[client_id]["train"], derive_seed(42, "held out", client_id))
+            sums = sums + torch.outer(mixture, pure_losses(run, client_id, data=held_out).double())
     assert torch.allclose(torch.tensor(memory["usage"], dtype=torch.float64), usage, atol=1e-3)
     assert torch.allclose(torch.tensor(memory["losses"], dtype=torch.float64), sums, atol=1e-3)
 
 
+@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (10, 2), (200, 10)])
+def test_a_fifth_of_the_examples_is_held_out_and_always_the_same(count: int, held: int) -> None:
+    data = examples(count)
+    held_out, others = hold_out(data, seed=7)
+    again, _ = hold_out(data, seed=7)
+    assert len(others) == count - held
+    if held_out is not None and again is not None:
+        assert len(held_out) == held and held_out["points"][:] == again["points"][:]
+        assert sorted([*held_out["points"][:], *others["points"][:]]) == sorted(data["points"][:])
+
+
+def test_clients_do_not_train_on_what_is_held_out(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=started(), rounds=1, **POSTERIOR)
+    state = ServerState.of(run.model, run._groups, run._update.start(2))
+    with run._visit():
+        turn = run._turn("client 0", run._private("client 0"), state)
+        assert len(run._arrived(turn).trains_on) == 10  # of 12
+        run._round = 20
+        turn = run._turn("client 0", run._private("client 0"), state)
+        assert run._arrived(turn).trains_on is None
+
+
+def test_losses_are_looked_at_on_so_many_examples_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(schedule, "EVIDENCE_EXAMPLES", 5)
+
+    def losses(turn: Turn, parts: list[Dataset]) -> list[Tensor]:
+        seen.append([len(part) for part in parts])
+        return [torch.zeros(2) for _ in parts]
+
+    monkeypatch.setattr(Turn, "pure_losses_of", losses)
+    trainer(tmp_path, model=started(), **POSTERIOR).mixtures()
+    assert seen == [[5]] * 4
+
+
 def test_local_steps_leave_a_posterior_alone(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model=started(router_noise=1.0), rounds=1, **POSTERIOR)
-    before = run.mixtures()[1]
-    run.train()
-    kept = torch.stack([run._store.get(k)[run._routers.name].flatten().softmax(0) for k in run.dataset])
-    assert torch.allclose(kept, before, atol=1e-5)
+    kept = []
+    for rate in (0.1, 9.0):
+        run = trainer(tmp_path / str(rate), model=started(), rounds=1, router_learning_rate=rate, **POSTERIOR)
+        run.train()
+        kept.append(torch.stack([run._store.get(k)[run._routers.name] for k in run.dataset]))
+    assert torch.equal(*kept)
+
+
+def test_squared_errors_are_judged_by_their_profile_likelihood(tmp_path: Path) -> None:
+    found = []
+    for unit in (1.0, 1000.0):
+        data = {"points": torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).tolist()}
+        data["labels"] = [[unit * sum(row), -unit * row[0], 0.0] for row in data["points"]]
+        clients = FederatedDataset({"a": DatasetDict(train=Dataset.from_dict(data))})
+        base: Any = net()
+        base[2].weight.data *= unit
+        base[2].bias.data *= unit
+        model = floral_net(base, init_std=0.7, num_adaptors=3)
+        model.base_model.model[2].floral_B["default"].data *= unit
+        run = trainer(tmp_path / str(unit), model=model, dataset=clients, loss_fn=nn.functional.mse_loss, **POSTERIOR)
+        found.append(run.mixtures()[1])
+        losses = torch.stack([pure_mse(run, data, adaptor) for adaptor in range(3)])
+        assert torch.allclose(found[-1][0], torch.softmax(-9 * 3 / 2 * losses.log(), dim=0), atol=1e-4)
+    assert torch.allclose(found[0], found[1], atol=1e-4)
+
+
+def pure_mse(run: Any, data: dict[str, Any], adaptor: int) -> Tensor:
+    run.model.set_routers(torch.where(torch.arange(3) == adaptor, 0.0, -1e4).view(1, 1, 3), ["a"])
+    with run.model.client("a"), torch.no_grad():
+        return nn.functional.mse_loss(run.model(torch.tensor(data["points"])), torch.tensor(data["labels"]))
 
 
 def test_rounds_say_how_many_clients_have_switched(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=2, **POSTERIOR)
+    run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=5, **POSTERIOR)
     run.train()
-    assert [record["switches"] for record in run.records] == [0, 0]  # nothing moves, and at first nobody had any
+    switches = [record["switches"] for record in run.records]
+    assert switches[0] == 0  # nobody had an adaptor before
+    assert switches[-1] == 0  # nothing moves any more
 
 
 def test_a_resumed_run_ends_as_an_untroubled_one(tmp_path: Path) -> None:
@@ -126,44 +200,20 @@ def test_clients_side_by_side_find_the_same(tmp_path: Path) -> None:
 
 
 def test_a_client_without_examples_stays_as_it_is(tmp_path: Path) -> None:
-    clients = population()
-    empty = dict(clients.items()) if hasattr(clients, "items") else {k: clients[k] for k in clients}
-    empty["client 0"]["train"] = empty["client 0"]["train"].select([])
-    from floral_peft.federated import FederatedDataset
-
-    run = trainer(tmp_path, model=started(), dataset=FederatedDataset(empty), rounds=1, **POSTERIOR)
+    empty = DatasetDict(train=examples(0), test=examples(3))
+    clients = FederatedDataset({"a": empty, "b": DatasetDict(train=examples(5), test=examples(3))})
+    run = trainer(tmp_path, model=started(), dataset=clients, rounds=1, **POSTERIOR)
     assert torch.allclose(run.mixtures()[1][0], torch.full((2,), 0.5))
     run.train()
-    assert list(run.records[0]["clients_dropped"]) == ["client 0"]
+    assert list(run.records[0]["clients_dropped"]) == ["a"]
 
 
 # Equal adaptors
 
 
-def test_equal_adaptors_are_told_apart_and_the_model_stays_what_it_was() -> None:
-    model = floral_net(num_adaptors=5)
-    points = torch.randn(7, 4)
-    before = model(points)
-    assert separate_adaptors(model, 0.3, torch.Generator().manual_seed(0))
-    assert torch.allclose(model(points), before, atol=1e-6)
-    outputs = []
-    for adaptor in range(5):
-        model.set_routers(torch.where(torch.arange(5) == adaptor, 0.0, -1e4).view(1, 1, 5))
-        outputs.append(model(points))
-    distances = torch.cdist(torch.stack(outputs).flatten(1), torch.stack(outputs).flatten(1))
-    assert bool((distances + torch.eye(5) > 1e-2).all())
-    assert torch.allclose(outputs[4], before, atol=1e-6)  # the odd one
-
-
-def test_adaptors_that_differ_are_left_as_they_are(tmp_path: Path) -> None:
-    model = started()
-    before = tensors(model)
-    assert not separate_adaptors(model, 0.3, torch.Generator())
-    assert all(torch.equal(value, before[name]) for name, value in tensors(model).items())
-
-
-def test_a_run_with_equal_adaptors_tells_them_apart_itself(tmp_path: Path) -> None:
-    run = trainer(tmp_path, rounds=1, **POSTERIOR)
+def test_adaptors_that_start_equal_come_to_differ(tmp_path: Path) -> None:
+    run = trainer(tmp_path, rounds=3, **POSTERIOR)
+    assert torch.allclose(run.mixtures()[1], torch.full((4, 2), 0.5))  # nobody has trained: the model is the base
     run.train()
     assert len({tuple(row) for row in run.mixtures()[1].tolist()}) == 4
 
@@ -229,9 +279,9 @@ def test_a_loss_that_is_not_the_cross_entropy_is_left_alone(tmp_path: Path) -> N
 
 
 def test_only_the_posterior_discounts_labels_by_itself(tmp_path: Path) -> None:
-    assert not trainer(tmp_path, router_update="gradient")._forward.discount_labels
-    assert trainer(tmp_path, label_prior=True)._forward.discount_labels
-    assert not trainer(tmp_path, optimal_routing=True, **POSTERIOR)._forward.discount_labels
+    assert not trainer(tmp_path, router_update="gradient")._forward.discounting
+    assert trainer(tmp_path, label_prior=True)._forward.discounting
+    assert not trainer(tmp_path, optimal_routing=True, **POSTERIOR)._forward.discounting
     with pytest.raises(ValueError, match="label_prior=True: MixtureForward"):
         trainer(tmp_path, "fedem", label_prior=True)
 

@@ -79,6 +79,9 @@ def test_a_rounds_record_has_its_fields(tmp_path: Path) -> None:
         "bytes_down",
         "bytes_up",
         "seconds",
+        "adaptors",
+        "pruned",
+        "truncation",
     }
     assert run.records[0]["seconds"].keys() == {"load", "train", "reduce", "store", "wait", "server step"}
     assert run.records[0]["bytes_up"] == run.records[0]["bytes_down"] + 2 * 8  # π̂N of two adaptors, in float64

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
+from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.routing import schedule
 from floral_peft.federated.routing.balance import balance
+from floral_peft.federated.routing.prune import Drop, prune
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
+from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
+from floral_peft.federated.views import Viewed
 from floral_peft.tuner.router import RouterSettings
 
 
@@ -25,14 +31,27 @@ class Posterior(RouterUpdate):
     users are handicapped, so that clients spread over all of them: see [`balance`]. The handicap counts while a client
     trains; it is neither kept nor used in evaluation.
 
+    Squared errors become likelihoods first: see [`as_log_likelihoods`].
+
+    Adaptors may start equal, and a pretrained model undisturbed: at its first visits a client favours an adaptor that
+    is drawn for it, and so adaptors come to differ.
+
     The server learns, beside the aggregate, three sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f_k,
-    and how many clients' best adaptor has changed. It remembers the first two with a fading memory, as U and N, and
-    tells clients U.
+    and how many clients' best adaptor has changed. It remembers the first two with a fading memory, as U and N. By
+    them it removes adaptors: see [`prune`]. Early in a run, the losses in N are those of examples that the client does
+    not train on: see [`hold_out`].
     """
 
     name = "posterior"
-    needs_difference = True
-    discounts_labels = True
+
+    def settle(self, args: FederatedArguments) -> FederatedArguments:
+        """Labels are discounted. By SGD, adaptors learn faster than the base, in steps of bounded length."""
+        found = replace(args, label_prior=args.label_prior is not False)
+        if args.optimizer.lower() != "sgd":  # others choose the length of their steps themselves
+            return found
+        if args.adaptor_learning_rate is None:
+            found = replace(found, adaptor_learning_rate=schedule.ADAPTOR_RATE * args.learning_rate)
+        return replace(found, max_step_norm=schedule.STEP_NORM) if args.max_step_norm is None else found
 
     def settings(self, settings: RouterSettings) -> RouterSettings:
         """No noise: nothing is explored by chance."""
@@ -43,7 +62,7 @@ class Posterior(RouterUpdate):
         return self._arrive
 
     def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
-        """Usage (C,); losses (C, C), of the users of a under b; how many changed their best adaptor (1,)."""
+        """Usage (C,); losses (C, C), of the users of a under b; who changed their best adaptor (1,)."""
         return {
             "usage": torch.Size([num_adaptors]),
             "losses": torch.Size([num_adaptors, num_adaptors]),
@@ -51,38 +70,112 @@ class Posterior(RouterUpdate):
         }
 
     def start(self, num_adaptors: int) -> dict[str, Tensor]:
-        """U and N: zero."""
-        return {name: torch.zeros(self.sums(num_adaptors)[name], dtype=torch.float64) for name in ("usage", "losses")}
+        """Sums that are zero."""
+        shapes = {name: shape for name, shape in self.sums(num_adaptors).items() if name != "switches"}
+        return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def absorb(self, memory: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """U ← δ U + Σ_k π_k and N ← δ N + Σ_k π_kᵀ f_k."""
         decay = schedule.server_decay(self.sampled)
         return {name: decay * value + sums[name] for name, value in memory.items()}
 
+    def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
+        """Dead and dispensable adaptors, by U and N, from time to time."""
+        if not self.args.prune_adaptors or not schedule.pruning_due(round, self.sampled):
+            return []
+        return prune(memory["usage"], memory["losses"])
+
+    def keep(self, memory: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+        """U and N of those that stay."""
+        chosen = torch.tensor(kept)
+        return {**memory, "usage": memory["usage"][chosen], "losses": memory["losses"][chosen][:, chosen]}
+
     def _arrive(self, turn: Turn) -> Arrived:
         if not turn.num_examples:
             return Arrived(turn.private)
-        routers = turn.routers
+        routers, done = turn.routers, turn.round * self.sampled  # in participations
+        held_out, others = None, turn.dataset
+        if turn.training and done < schedule.HELD_OUT:
+            held_out, others = hold_out(turn.dataset, derive_seed(self.args.seed, "held out", turn.client_id))
+        parts = [part for part in (held_out, self._some(others, turn)) if part is not None]
+        found = turn.pure_losses_of(parts)
+        shares = [1.0] if held_out is None else [len(held_out) / turn.num_examples, len(others) / turn.num_examples]
+        mean = torch.stack([share * part for share, part in zip(shares, found, strict=True)]).sum(dim=0)
+        losses = as_log_likelihoods(mean, turn)
         before = turn.private[routers.name]  # (1, L, C)
-        losses = turn.pure_losses()
+        chosen = _chooses(before)
+        if turn.training and not chosen and done < schedule.BALANCED:
+            before = self._assigned(before, turn)
         kept = routers.less(schedule.CLIENT_MEMORY * before, turn.num_examples * losses)
         kept = kept - kept.amax(dim=-1, keepdim=True)
-        found = turn.with_logits(kept)
-        if turn.memory is None:
-            return Arrived(found)
-        done = turn.round / schedule.balanced_rounds(self.sampled)
-        handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done))
+        if not turn.training:
+            return Arrived(turn.with_logits(kept))
+        handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))
         working = routers.less(kept, handicap)
         mixture = routers.mixture_of(working).double()
+        seen = losses if held_out is None else as_log_likelihoods(found[0], turn)
         sums = {
             "usage": mixture,
-            "losses": torch.outer(mixture, losses.double()),
-            "switches": torch.tensor([float(_switched(before, kept))], dtype=torch.float64),
+            "losses": torch.outer(mixture, seen.double()),
+            "switches": torch.tensor([float(chosen and _best(before) != _best(kept))], dtype=torch.float64),
         }
-        return Arrived(turn.with_logits(working), kept={routers.name: kept}, sums=sums)
+        trains_on = None if held_out is None else others
+        return Arrived(turn.with_logits(working), {routers.name: kept}, sums, trains_on)
+
+    def _some(self, dataset: Dataset, turn: Turn) -> Dataset:
+        """So many examples as losses are looked at on, other ones each round."""
+        if len(dataset) <= schedule.EVIDENCE_EXAMPLES:
+            return dataset
+        rng = np.random.default_rng(derive_seed(self.args.seed, "evidence", turn.round, turn.client_id))
+        rows = rng.choice(len(dataset), schedule.EVIDENCE_EXAMPLES, replace=False)
+        return Viewed(dataset).view(np.sort(rows))
+
+    def _assigned(self, like: Tensor, turn: Turn) -> Tensor:
+        """A router that is all but one-hot at an adaptor drawn for the client: adaptors may start equal."""
+        logits = torch.zeros_like(like)
+        adaptor = derive_seed(self.args.seed, "adaptor", turn.client_id) % like.shape[-1]
+        logits[..., adaptor] = schedule.ASSIGNED
+        return turn.routers.less(torch.zeros_like(like), -logits[0, 0])
 
 
-def _switched(before: Tensor, after: Tensor) -> bool:
-    """Whether a client's best adaptor is another one than before; not for a client that had none."""
-    had_one = bool((before != before[..., :1]).any())
-    return had_one and bool((before.mean(dim=1).argmax() != after.mean(dim=1).argmax()).item())
+def as_log_likelihoods(losses: Tensor, turn: Turn) -> Tensor:
+    """An example's negative log-likelihood under each adaptor, up to a constant, from its mean loss f.
+
+    f itself where labels are classes or tokens; of a sequence the loss is the mean over its tokens, which are no
+    independent examples. Where labels are o real numbers f is taken for a squared error and its noise for unknown:
+    o/2 · log f, which does not depend on the labels' unit.
+
+    Args:
+        losses: f, (C,).
+        turn: The client's turn.
+    """
+    return losses if turn.real_labels is None else turn.real_labels / 2 * losses.clamp(min=1e-12).log()
+
+
+def hold_out(dataset: Dataset, seed: int) -> tuple[Dataset | None, Dataset]:
+    """The examples of a client that it does not train on for a while, and the others.
+
+    On examples that an adaptor has memorised it beats its duplicates; on others it does not, so that they can be told.
+
+    Args:
+        dataset: The client's training examples.
+        seed: Of the draw, the same in all rounds.
+
+    Returns:
+        None and all of them where there are too few.
+    """
+    count = min(max(1, round(schedule.HELD_OUT_SHARE * len(dataset))), schedule.HELD_OUT_EXAMPLES)
+    if len(dataset) < 3:
+        return None, dataset
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    viewed = Viewed(dataset)
+    return viewed.view(np.sort(order[:count])), viewed.view(np.sort(order[count:]))
+
+
+def _chooses(logits: Tensor) -> bool:
+    """Whether a router prefers any adaptor."""
+    return bool((logits != logits[..., :1]).any())
+
+
+def _best(logits: Tensor) -> int:
+    return int(logits.mean(dim=1).argmax())

@@ -17,8 +17,24 @@ SERVER_MEMORY = 2.0
 BALANCE = 3.0
 #: Over so many participations that fades away.
 BALANCED = 10.0
-#: Standard deviation of the factors of adaptors that would otherwise start equal.
-START_STD = 0.3
+#: After so many participations adaptors are looked at for the first time, whether any of them can go,
+PRUNED_FROM = 7.5
+#: then again after so many,
+PRUNED_EVERY = 1.2
+#: and after so many no more: who is alive then stays.
+PRUNED_UNTIL = 40.0
+#: The adaptors' learning rate in units of the base's, and the longest step of any weight or adaptor, as matrices.
+ADAPTOR_RATE = 6.0
+STEP_NORM = 1.0
+#: The logit of the adaptor that is drawn for a client until its first visit.
+ASSIGNED = 20.0
+#: Over so many participations a client trains without a share of its examples, so many at most: by them the server
+#: tells duplicates.
+HELD_OUT = 20.0
+HELD_OUT_SHARE = 0.2
+HELD_OUT_EXAMPLES = 10
+#: Losses are looked at on so many of a client's examples at most.
+EVIDENCE_EXAMPLES = 256
 
 
 def server_decay(sampled: float) -> float:
@@ -33,3 +49,14 @@ def server_decay(sampled: float) -> float:
 def balanced_rounds(sampled: float) -> float:
     """Over how many rounds the balance fades away."""
     return BALANCED / sampled
+
+
+def pruning_due(round: int, sampled: float) -> bool:
+    """Whether adaptors are looked at after a round.
+
+    Args:
+        round: The round, from 1.
+        sampled: The share of the clients that take part in a round.
+    """
+    events = [math.floor((t * sampled - PRUNED_FROM) / PRUNED_EVERY + 1e-9) for t in (round - 1, round)]
+    return events[1] >= 0 and events[1] > events[0] and round * sampled <= PRUNED_UNTIL

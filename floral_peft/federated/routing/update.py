@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from floral_peft.federated.arguments import FederatedArguments
+from floral_peft.federated.routing.prune import Drop
 from floral_peft.federated.turn import Arrival
 from floral_peft.nearest import did_you_mean
 from floral_peft.tuner.router import RouterSettings
@@ -17,10 +19,11 @@ from floral_peft.tuner.router import RouterSettings
 class RouterUpdate:
     """Base class of the ways in which clients find their routers. As it stands, local steps train them.
 
-    A subclass changes what it needs: how the model computes mixtures while clients train (`settings`), what a client
-    does with its examples before its local steps (`arrival`), and what the server remembers from round to round
-    (`start`, `absorb`) of what clients tell it (`sums`). The server learns of routers weighted sums over the cohort
-    only, which secure aggregation could carry; a client's logits never leave it.
+    A subclass changes what it needs: settings of the run that the user has left open (`settle`), how mixtures are
+    computed while clients train (`settings`), what a client does with its examples before its local steps (`arrival`),
+    what the server remembers from round to round (`start`, `absorb`) of what clients tell it (`sums`), and which
+    adaptors it then removes (`prune`, `keep`). The server learns of routers weighted sums over the cohort only, which
+    secure aggregation could carry; a client's logits never leave it.
 
     Args:
         args: The run's settings.
@@ -28,14 +31,14 @@ class RouterUpdate:
     """
 
     name: ClassVar[str]
-    #: Whether the adaptors must not start equal, or nothing could be told apart.
-    needs_difference: ClassVar[bool] = False
-    #: Whether training and the choice of adaptors discount the labels that a client happens to have.
-    discounts_labels: ClassVar[bool] = False
 
     def __init__(self, args: FederatedArguments, sampled: float = 1.0) -> None:
         self.args = args
         self.sampled = sampled
+
+    def settle(self, args: FederatedArguments) -> FederatedArguments:
+        """The run's settings with values for those that are None because they depend on the routers."""
+        return replace(args, label_prior=bool(args.label_prior))
 
     def settings(self, settings: RouterSettings) -> RouterSettings:
         """How the model's router computes mixtures while it visits clients.
@@ -63,6 +66,24 @@ class RouterUpdate:
         Args:
             memory: What it remembered before.
             sums: The cohort's sums.
+        """
+        return dict(memory)
+
+    def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
+        """Which adaptors are removed after a round, by their present numbers.
+
+        Args:
+            memory: What the server remembers.
+            round: The round, from 1.
+        """
+        return []
+
+    def keep(self, memory: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+        """What the server remembers, without the adaptors that are gone.
+
+        Args:
+            memory: What it remembered before.
+            kept: The present numbers of those that stay.
         """
         return dict(memory)
 

@@ -1,0 +1,107 @@
+"""Which adaptors can go: those that nobody uses, and those whose users would lose little with another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+#: An adaptor with less than this share of the clients is dead.
+LEAST_SHARE = 0.01
+#: An adaptor is dispensable where its users would lose less than this with another, by `regrets`.
+LEAST_REGRET = 0.1
+#: So many adaptors stay, whatever happens.
+FEWEST = 2
+#: Most of the adaptors that may go as dispensable at once: their users move, and with them what the others are for.
+MOST_AT_ONCE = 0.25
+
+
+@dataclass(frozen=True)
+class Drop:
+    """An adaptor that goes, and why.
+
+    Args:
+        adaptor: Its number.
+        why: "dead" or "dispensable".
+        share: The share of the clients that used it.
+        instead: The adaptor with which its users lose least; None for a dead one.
+        regret: What they lose with it, by `regrets`; None for a dead one.
+    """
+
+    adaptor: int
+    why: str
+    share: float
+    instead: int | None = None
+    regret: float | None = None
+
+
+def told(drops: Sequence[Drop], numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """What a record says of adaptors that go.
+
+    Args:
+        drops: By the adaptors' present numbers.
+        numbers: The numbers that they had when the run began.
+    """
+    names: dict[int | None, int | None] = {None: None, **dict(enumerate(numbers))}
+    return [{**vars(drop), "adaptor": names[drop.adaptor], "instead": names[drop.instead]} for drop in drops]
+
+
+def regrets(usage: Tensor, losses: Tensor) -> Tensor:
+    """R_cb: what the users of adaptor c would lose with b in place of it, in units of what adaptors matter at all.
+
+        M = N / U,   G_cb = M_cb − M_cc,   R_cb = G_cb / Σ_a w_a max_b G_ab,   w = U / ΣU
+
+    Two adaptors of one cluster are near 0 for each other's users; adaptors of different clusters near 1.
+
+    Args:
+        usage: U, how many clients each adaptor stood for of late, (C,).
+        losses: N, the sums of their losses under each adaptor, (C, C): a row for the users, a column for the adaptor.
+
+    Returns:
+        (C, C); its diagonal is 0.
+    """
+    tiny = torch.finfo(usage.dtype).tiny
+    means = losses / usage.clamp(min=1e-9).unsqueeze(1)
+    gaps = means - means.diagonal().unsqueeze(1)
+    share = usage / usage.sum().clamp(min=tiny)
+    return gaps / (share * gaps.amax(dim=1)).sum().clamp(min=tiny)
+
+
+def prune(usage: Tensor, losses: Tensor) -> list[Drop]:
+    """The adaptors that can go now, in the order in which they do.
+
+    First the dead ones. Then, one after the other, the one whose users lose least with another, if that is little;
+    of two that are dispensable for each other the less used. Nothing is averaged: its users fall to their next best.
+
+    Args:
+        usage: U, (C,).
+        losses: N, (C, C).
+    """
+    if not bool(usage.sum() > 0):
+        return []
+    shares = usage / usage.sum()
+    alive = list(range(len(usage)))
+    drops = []
+    for adaptor in shares.argsort(stable=True).tolist():
+        if float(shares[adaptor]) < LEAST_SHARE and len(alive) > FEWEST:
+            drops.append(Drop(adaptor, "dead", float(shares[adaptor])))
+            alive.remove(adaptor)
+    for _ in range(max(1, int(MOST_AT_ONCE * len(alive)))):
+        if len(alive) <= FEWEST:
+            break
+        chosen = torch.tensor(alive)
+        found = regrets(usage[chosen], losses[chosen][:, chosen]).fill_diagonal_(torch.inf)
+        first, second = divmod(int(found.argmin()), len(alive))
+        if not float(found[first, second]) < LEAST_REGRET:
+            break
+        mutual = float(found[second, first]) < LEAST_REGRET
+        if mutual and float(usage[chosen[second]]) < float(usage[chosen[first]]):
+            first, second = second, first
+        adaptor, instead = alive[first], alive[second]
+        drops.append(Drop(adaptor, "dispensable", float(shares[adaptor]), instead, float(found[first, second])))
+        alive.remove(adaptor)
+    return drops

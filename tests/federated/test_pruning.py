@@ -1,0 +1,202 @@
+"""Adaptors that nobody needs: which they are, and that they are gone for good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from floral_peft.federated.routing import Drop, Posterior, prune, register_router_update, regrets, schedule
+from floral_peft.federated.routing.numbering import numbered, renumbered
+
+from .clients import floral_net, tensors, trainer
+
+
+@register_router_update
+class PrunesEarly(Posterior):
+    """Removes adaptors 1, then 0, after the rounds 2 and 3: of 4, the numbers 0, 2, 3 and then 2, 3 are left."""
+
+    name = "prunes early"
+
+    def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
+        return {2: [Drop(1, "dead", 0.0)], 3: [Drop(0, "dispensable", 0.2, 2, 0.1)]}.get(round, [])
+
+
+SETTINGS: dict[str, Any] = {"router_update": "prunes early", "rounds": 5, "clients_per_round": 2}
+
+
+def started(**config: Any) -> Any:
+    return floral_net(num_adaptors=4, init_std=0.5, **config)
+
+
+def run(folder: Path, model: Any = None, resume: bool | str = False, **settings: Any) -> Any:
+    made = trainer(folder, model=model or started(), **(SETTINGS | settings))
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    held = tensors(other.model)
+    for name, value in tensors(one.model).items():
+        assert torch.equal(value, held[name]), name
+
+
+# Which adaptors go
+
+USAGE = torch.tensor([40.0, 30.0, 30.0, 0.1, 20.0], dtype=torch.float64)
+
+
+def losses_of(means: list[list[float]]) -> Tensor:
+    return torch.tensor(means, dtype=torch.float64) * USAGE[: len(means), None]
+
+
+#: 0, 1 and 4 are of clusters of their own, 2 is a duplicate of 1; 3 has no users.
+MEANS: list[list[float]] = [[1, 9, 9, 5, 9], [9, 1, 1.2, 5, 9], [9, 1.1, 1, 5, 9], [5, 5, 5, 5, 5], [9, 9, 9, 5, 1]]
+
+
+def test_regrets_are_what_users_lose_in_units_of_what_adaptors_matter() -> None:
+    usage, losses = torch.tensor([2.0, 1.0]), torch.tensor([[2.0, 6.0], [4.0, 1.0]])
+    # means [[1, 3], [4, 1]]: users of 0 lose 2 with 1, those of 1 lose 3 with 0; on average 7/3
+    assert torch.allclose(regrets(usage, losses), torch.tensor([[0.0, 6 / 7], [9 / 7, 0.0]]))
+
+
+def test_the_dead_and_the_less_used_of_duplicates_go() -> None:
+    drops = prune(USAGE + torch.tensor([0, 5.0, 0, 0, 0]), losses_of(MEANS) + torch.tensor([0, 5.0, 0, 0, 0])[:, None])
+    assert [(drop.adaptor, drop.why) for drop in drops] == [(3, "dead"), (2, "dispensable")]
+    assert drops[1].instead == 1 and drops[1].regret is not None and drops[1].regret < 0.05
+
+
+def test_a_small_cluster_with_an_adaptor_of_its_own_stays() -> None:
+    usage = torch.tensor([60.0, 25.0, 10.0, 5.0], dtype=torch.float64)
+    means = torch.full((4, 4), 3.0, dtype=torch.float64).fill_diagonal_(1.0)
+    assert prune(usage, means * usage[:, None]) == []
+
+
+def test_two_stay_whatever_happens_and_at_most_a_quarter_goes_as_dispensable() -> None:
+    usage = torch.ones(8, dtype=torch.float64)
+    assert len(prune(usage, torch.ones(8, 8, dtype=torch.float64))) == 2
+    alone = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    assert [drop.adaptor for drop in prune(alone, torch.ones(4, 4, dtype=torch.float64))] == [1, 2]
+    assert prune(torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)) == []
+
+
+@pytest.mark.parametrize(("sampled", "first", "second"), [(0.1, 75, 87), (1.0, 8, 9)])
+def test_adaptors_are_looked_at_by_participations(sampled: float, first: int, second: int) -> None:
+    due = [round for round in range(1, 1000) if schedule.pruning_due(round, sampled)]
+    assert due[:2] == [first, second]
+    assert due[-1] * sampled <= schedule.PRUNED_UNTIL
+
+
+# They are gone
+
+
+def test_tensors_shrink_in_the_model_the_checkpoint_and_the_private_state(tmp_path: Path) -> None:
+    made = run(tmp_path, save_steps=1, server_optimizer="adam", server_learning_rate=0.01)
+    assert made.model.active_peft_config.num_adaptors == 2
+    assert made.mixtures()[1].shape == (4, 2)
+    for name, cluster in made._groups.clustered.items():
+        shapes = {round: saved(tmp_path, round, "tensors")[name][cluster.axis] for round in range(1, 6)}
+        assert shapes == {1: 4, 2: 3, 3: 2, 4: 2, 5: 2}
+    for shape in saved(tmp_path, 5, "optimizer").values():
+        assert 4 not in shape[:2] or shape in saved(tmp_path, 5, "tensors").values()
+    routers = [made._store.get(k)[made._routers.name].shape[-1] for k in made._store.clients()]
+    assert set(routers) <= {2, 3, 4} and 2 in routers
+    assert {made._private(k)[made._routers.name].shape[-1] for k in made.dataset} == {2}
+
+
+def saved(folder: Path, round: int, what: str) -> dict[str, tuple[int, ...]]:
+    with safe_open(folder / f"checkpoint-{round}/server/{what}.safetensors", framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def test_a_round_says_which_adaptors_went_and_why_by_their_first_numbers(tmp_path: Path) -> None:
+    records = [record for record in run(tmp_path).records if record["event"] == "round"]
+    assert [record["adaptors"] for record in records] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3], [2, 3], [2, 3]]
+    assert [len(record["usage"]) for record in records] == [4, 4, 3, 2, 2]
+    assert records[1]["pruned"] == [{"adaptor": 1, "why": "dead", "share": 0.0, "instead": None, "regret": None}]
+    assert records[2]["pruned"] == [{"adaptor": 0, "why": "dispensable", "share": 0.2, "instead": 3, "regret": 0.1}]
+    assert records[3]["bytes_down"] < records[0]["bytes_down"]
+
+
+@pytest.mark.parametrize("until", [1, 2, 3, 4])
+def test_a_run_goes_on_from_a_checkpoint_before_or_after_a_pruning(tmp_path: Path, until: int) -> None:
+    whole = run(tmp_path / "whole", server_optimizer="adam", server_learning_rate=0.01)
+    parts: dict[str, Any] = {"server_optimizer": "adam", "server_learning_rate": 0.01, "save_steps": 1}
+    run(tmp_path / "parts", rounds=until, **parts)
+    assert_equal(whole, run(tmp_path / "parts", resume=True, **parts))
+
+
+def test_one_trainer_goes_back_to_adaptors_that_it_has_lost(tmp_path: Path) -> None:
+    made = run(tmp_path, save_steps=1)
+    before = tensors(made.model)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(value, before[name]) for name, value in tensors(made.model).items())
+
+
+def test_the_best_model_may_be_one_with_more_adaptors(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "learning_rate": 0.0,
+    }  # the first is never beaten
+    made = run(tmp_path, **settings)
+    assert made.state.best_global_step == 1
+    assert made.model.active_peft_config.num_adaptors == 4
+    assert made.mixtures()[1].shape == (4, 4)
+    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric)
+
+
+def test_clients_side_by_side_lose_the_same_adaptors(tmp_path: Path) -> None:
+    loop, vectorized = (run(tmp_path / cohort, cohort=cohort) for cohort in ("loop", "vectorized"))
+    held = tensors(vectorized.model)
+    for name, value in tensors(loop.model).items():
+        assert torch.allclose(value, held[name], atol=1e-4), name
+
+
+def test_statistics_of_adapted_batch_norms_shrink_too(tmp_path: Path) -> None:
+    from .clients import net
+
+    made = run(tmp_path, model=started(base=net(norm=True), adapt_norms="reparametrized"))
+    name = next(name for name in made._groups.private if "floral_mean" in name)
+    assert made._private("client 0")[name].shape[0] == 2
+
+
+def test_a_top_k_is_what_it_was_wherever_there_are_enough_adaptors(tmp_path: Path) -> None:
+    made = run(tmp_path, model=started(router_top_k=3), save_steps=1, rounds=4)
+    assert made.model.active_peft_config.router_top_k == 2
+    assert made.model.router.settings["default"].top_k == 2
+    made.args.rounds = 1
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert made.model.active_peft_config.router_top_k == made.model.router.settings["default"].top_k == 3
+
+
+def test_a_published_model_has_the_adaptors_that_are_left(tmp_path: Path) -> None:
+    made = run(tmp_path / "run")
+    made.publish(tmp_path / "published")
+    assert json.loads((tmp_path / "published/adapter_config.json").read_text())["num_adaptors"] == 2
+
+
+def test_nothing_is_removed_unasked(tmp_path: Path) -> None:
+    args = trainer(tmp_path, model=started(), router_update="posterior", prune_adaptors=False).args
+    usage = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    memory = {"usage": usage, "losses": torch.ones(4, 4, dtype=torch.float64)}
+    assert Posterior(args).prune(memory, 8) == []
+    assert len(Posterior(replace(args, prune_adaptors=True)).prune(memory, 8)) == 2
+
+
+def test_private_tensors_of_any_time_are_read_over_the_adaptors_of_now() -> None:
+    logits = torch.arange(5.0).view(1, 1, 5)
+    like = {"router": torch.zeros(1, 1, 2), "mean": torch.zeros(3)}
+    whole = numbered({"router": logits, "mean": torch.ones(3)}, range(5), 5)
+    later = numbered({"router": logits[..., [0, 2, 4]], "mean": torch.ones(3)}, (0, 2, 4), 5)
+    for stored in (whole, later):
+        found = renumbered(stored, (2, 4), like)
+        assert found["router"].flatten().tolist() == [2.0, 4.0]
+        assert found.keys() == like.keys()
