@@ -20,7 +20,7 @@ from floral_peft.federated.routing import Posterior
 from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.server import PrivateState
 from floral_peft.federated.turn import Arrival, Turn, Workplace
-from floral_peft.tuner import prediction_entropy
+from floral_peft.tuner import prediction_doubt
 
 
 class Personalizing:
@@ -109,12 +109,11 @@ def personal_router(turn: Turn, arrival: Arrival) -> Tensor:
         found: Tensor = arrival(turn).private[turn.routers.name]
         return found
 
-    def entropy(batch: Batch) -> Tensor:
+    def doubt(batch: Batch) -> Tensor:
         outputs = turn.forward.outputs(batch)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-        return prediction_entropy(logits).mean()
+        return prediction_doubt(outputs["logits"] if isinstance(outputs, Mapping) else outputs)
 
-    logits = turn.routers.less(turn.private[turn.routers.name], turn.num_examples * turn.pure_means(entropy))
+    logits = turn.routers.less(turn.private[turn.routers.name], turn.num_examples * turn.pure_means(doubt))
     return logits - logits.amax(dim=-1, keepdim=True)
 
 

@@ -6,7 +6,7 @@ from floral_peft.tuner.clip import base_weights, clip_steps
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
 from floral_peft.tuner.export import Exported, ExportKind, export_client
-from floral_peft.tuner.fitting import prediction_entropy
+from floral_peft.tuner.fitting import prediction_doubt
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor
 from floral_peft.tuner.model import FloralModel
@@ -41,7 +41,7 @@ __all__ = [
     "mixed",
     "parameter_roles",
     "precondition_gradients",
-    "prediction_entropy",
+    "prediction_doubt",
     "private_buffers",
     "pure_losses",
     "refactor",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a model gives for a batch, or what stands in for it where the batch has no labels.
 
-    That is the mean entropy of a classifier's predictions: an adaptor that fits the inputs is sure of what it says.
+    For a classifier that is `prediction_doubt`.
 
     Args:
         model: takes the batch by keyword where that is a mapping.
@@ -30,11 +30,21 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     if loss is not None:
         return torch.as_tensor(loss)
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
-    return prediction_entropy(logits)
+    return prediction_doubt(logits)
 
 
-def prediction_entropy(logits: Any) -> Tensor:
-    """The entropy of each example's prediction, in nats, (examples,).
+#: How much it counts that predictions differ. All of it would fail clients that have few of the labels.
+_VARIETY = 0.5
+
+
+def prediction_doubt(logits: Any) -> Tensor:
+    """How little a classifier seems to fit inputs whose labels are not known, in nats, a scalar.
+
+        H(p(y|x)) averaged over the n examples, less half of (1 − 1/n) H(the mean of p(y|x))
+
+    A model that fits the inputs is sure of each prediction, and does not say the same of all. (With the whole of the
+    second term this is, with its sign turned, the mutual information of inputs and predictions: Bridle, Heading and
+    MacKay, NeurIPS 1991. Half of it holds up where a client has few of the labels, too.)
 
     Args:
         logits: (examples, classes).
@@ -48,7 +58,10 @@ def prediction_entropy(logits: Any) -> Tensor:
             f"Without labels a router is found by how sure a classifier is, which needs logits (examples, classes); "
             f"got {found}. Give examples with labels, or a loss=... that needs none."
         )
-    return torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)
+    predictions = logits.float().softmax(dim=-1)
+    entropy = torch.special.entr(predictions).sum(dim=-1).mean()
+    variety = torch.special.entr(predictions.mean(dim=0)).sum()
+    return entropy - _VARIETY * (1 - 1 / len(logits)) * variety
 
 
 def evidence(losses: Tensor, batch: Any) -> Tensor:

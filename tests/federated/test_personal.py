@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from torch import Tensor, nn
 
 from floral_peft.federated import get_method
+from floral_peft.tuner import prediction_doubt
 
 from .clients import examples, floral_net, model_for, net, tensors, trainer
 
@@ -77,11 +78,8 @@ def test_several_clients_and_lists_of_examples(tmp_path: Path) -> None:
 def test_without_labels_the_surest_adaptors_are_chosen(tmp_path: Path) -> None:
     run = trainer(tmp_path, model=floral_net(init_weights=False))
 
-    def entropy(logits: Tensor, labels: Tensor) -> Tensor:
-        return torch.special.entr(logits.softmax(-1)).sum(-1).mean()
-
     dataset = examples(8, seed=50)
-    wanted = expected(run, dataset, entropy)
+    wanted = expected(run, dataset, lambda logits, labels: prediction_doubt(logits))
     torch.testing.assert_close(run.personalize(dataset.remove_columns("labels")), wanted, rtol=1e-4, atol=1e-6)
 
 
