@@ -12,6 +12,7 @@ from floral_peft.cli.one_run import DPI, file_name
 from floral_peft.reports import (
     FORMATS,
     Run,
+    adaptors_in_words,
     common_metric,
     comparison,
     draw,
@@ -53,6 +54,9 @@ def report(arguments: Sequence[str]) -> None:
         baseline = read_run(asked.baseline) if asked.baseline else _only_fedavg(runs)
         metric = asked.metric or common_metric(runs)
         print(comparison(runs, baseline, metric))
+        for run in runs:
+            if (words := adaptors_in_words(run)) is not None:
+                print(f"\n{run.folder}: {words}")
         if asked.curves:
             plot_curves(runs, metric).savefig(asked.curves, dpi=DPI)
             print(f"\n{metric} by round   {asked.curves}")

@@ -113,6 +113,13 @@ class FederatedArguments:
             "which is then factored anew. For the product it sees each client's factors, not sums alone."
         },
     )
+    search_r: int | None = field(
+        default=None,
+        metadata={
+            "help": 'With router_update="posterior", adaptors have at least this rank while clients look for theirs, '
+            "by their 20th participation or half the run. Then they are compressed to what FloralConfig says."
+        },
+    )
     prune_adaptors: bool = field(
         default=True,
         metadata={"help": 'With router_update="posterior", remove adaptors that are dead or duplicates as it goes.'},
@@ -198,7 +205,7 @@ class FederatedArguments:
             self._check_count(name)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             self._check_count(name)
-        for name in ("local_steps", "eval_steps", "save_steps", "save_total_limit"):
+        for name in ("local_steps", "eval_steps", "save_steps", "save_total_limit", "search_r"):
             self._check_count(name, optional=True)
         self._check_count("seed", least=0)
         self._check_number("learning_rate")

@@ -78,6 +78,7 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, run: Identity) -> 
         "run": run,
         "optimizer_tensors": list(tensors),
         "adaptors": list(state.adaptors),
+        "wide": state.wide,
         "routing": {name: value.tolist() for name, value in state.routing.items()},
         "optimizer_values": [[*path, value] for path, value in memory.items() if path not in tensors],
         "private": list(checkpoint.private),
@@ -120,14 +121,16 @@ def load_checkpoint(folder: Path, reference: ServerState, run: Identity) -> Chec
         memory = {name: _placed(entries, reference.tensors[name]) for name, entries in server.optimizer.items()}
         server = replace(server, optimizer=memory)
         routing = {n: torch.tensor(value, dtype=torch.float64) for n, value in document.get("routing", {}).items()}
-        server = replace(server, routing=routing, adaptors=tuple(document.get("adaptors", ())))
+        server = replace(
+            server, routing=routing, adaptors=tuple(document.get("adaptors", ())), wide=bool(document.get("wide"))
+        )
         return Checkpoint(server, [str(name) for name in document["private"]], dict(document["trainer"]))
     except _UNREADABLE as error:
         raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
 
 
-def saved_adaptors(folder: Path, run: Identity) -> list[int]:
-    """The adaptors that a checkpoint's state holds, by the numbers that they had when the run began.
+def saved_adaptors(folder: Path, run: Identity) -> tuple[list[int], bool]:
+    """The adaptors that a checkpoint holds, as in `ServerState`: their first numbers, and whether they are wide.
 
     Args:
         folder: The checkpoint's folder.
@@ -139,7 +142,7 @@ def saved_adaptors(folder: Path, run: Identity) -> list[int]:
     document = _read_state(folder, checked=(_STATE,))
     _check_run(folder, document, run)
     try:
-        return [int(number) for number in document.get("adaptors", ())]
+        return [int(number) for number in document.get("adaptors", ())], bool(document.get("wide"))
     except _UNREADABLE as error:
         raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
 

@@ -57,6 +57,9 @@ class RoundReport:
             router's update tells. None as above.
         truncation: What `adaptor_aggregation="product"` loses: the largest relative error of an adaptor. Else None.
         mismatch: `cluster_mismatch`, where the true clusters are known. None as above.
+        regrets: What an adaptor's users would lose with another one, as of `regrets`, before any was removed. None
+            where it is unknown, and as above.
+        lost: Layer → what the compression of the adaptors after the round has cut off; empty without one.
         pruned: The adaptors that were removed after the round, by their first numbers, and why: as of `told`.
         bytes_down: What a client is sent: the public tensors.
         bytes_up: What a client sends: its deltas and its usage.
@@ -78,6 +81,8 @@ class RoundReport:
     bytes_up: int
     seconds: dict[str, float]
     adaptors: list[int] = field(default_factory=list)
+    regrets: list[list[float]] | None = None
+    lost: dict[str, float] = field(default_factory=dict)
     pruned: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -69,9 +69,9 @@ class RunFolder:
             self._check_unused()
         return Checkpoint(held)
 
-    def adaptors(self, wanted: str | Path | bool | None, run: Identity) -> list[int]:
-        """The adaptors that the checkpoint to resume from holds, as of `saved_adaptors`; empty without one."""
-        return saved_adaptors(find_checkpoint(self._path, wanted), run) if wanted else []
+    def adaptors(self, wanted: str | Path | bool, run: Identity) -> tuple[list[int], bool]:
+        """The adaptors that the checkpoint to resume from holds: see `saved_adaptors`."""
+        return saved_adaptors(find_checkpoint(self._path, wanted), run)
 
     def go_back(self, round: int, best: int | None) -> None:
         """Forget what an earlier run has written after a round.

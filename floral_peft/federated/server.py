@@ -32,6 +32,7 @@ class ServerState:
         optimizer: The server optimiser's state of each parameter.
         routing: What the router's update remembers: sums over clients, float64 on the CPU.
         adaptors: The adaptors that there are, by the numbers that they had when the run began.
+        wide: Whether they have a larger rank than they are to have: see [`RouterUpdate.search_rank`].
     """
 
     round: int
@@ -39,6 +40,7 @@ class ServerState:
     optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
     routing: dict[str, Tensor] = field(default_factory=dict)
     adaptors: tuple[int, ...] = ()
+    wide: bool = False
 
     @classmethod
     def of(
@@ -47,11 +49,12 @@ class ServerState:
         groups: ParameterGroups,
         routing: Mapping[str, Tensor] | None = None,
         adaptors: tuple[int, ...] = (),
+        wide: bool = False,
     ) -> ServerState:
         """The state before the first round: a copy of the model's public tensors."""
         held = tensors_of(model)
         tensors = {name: _master_copy(held[name]) for name in groups.public}
-        return cls(0, tensors, routing=dict(routing or {}), adaptors=adaptors)
+        return cls(0, tensors, routing=dict(routing or {}), adaptors=adaptors, wide=wide)
 
     def to_message(self) -> Message:
         """The state, as one process tells it to another."""
@@ -62,11 +65,11 @@ class ServerState:
             )
             for name, entries in self.optimizer.items()
         ]
-        return pack_states([([self.round, self.adaptors], self.tensors), (None, self.routing), *memory])
+        return pack_states([([self.round, [self.adaptors, self.wide]], self.tensors), (None, self.routing), *memory])
 
     def of_message(self, message: Message) -> ServerState:
         """The state that another process told, on the devices of this one."""
-        ([round, adaptors], tensors), (_, routing), *memory = unpack_states(message)
+        ([round, [adaptors, wide]], tensors), (_, routing), *memory = unpack_states(message)
         devices = {name: value.device for name, value in self.tensors.items()}
         optimizer = {
             # Step counters stay on the CPU, where torch.optim keeps them.
@@ -77,7 +80,7 @@ class ServerState:
             for (name, values), held in memory
         }
         placed = {name: value.to(devices[name]) for name, value in tensors.items()}
-        return ServerState(round, placed, optimizer, routing, tuple(adaptors))
+        return ServerState(round, placed, optimizer, routing, tuple(adaptors), wide)
 
 
 @dataclass(frozen=True)

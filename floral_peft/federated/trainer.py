@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, default_
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
-from floral_peft.federated.adaptors import Adaptors, without_adaptors
+from floral_peft.federated.adaptors import Adaptors, after_compression, without_adaptors
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator
 from floral_peft.federated.best import exported, note_evaluation, restore
@@ -43,6 +43,7 @@ from floral_peft.federated.records import Record, Records, round_logs, round_rec
 from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.routing import RouterUpdate, told
+from floral_peft.federated.routing.health import REMEDIES, stuck_at_uniform
 from floral_peft.federated.run_folder import RunFolder
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
@@ -138,7 +139,8 @@ class FederatedTrainer(Publishing, Personalizing):
         if self._routers is not None:
             self._routers.remember()
             self._untrained[self._routers.name] = torch.zeros(1, *self._routers.shape)
-        self._adaptors = Adaptors(model, self._routers)
+        start = derive_seed(args.seed, "adaptors")
+        self._adaptors = Adaptors(model, self._routers, self._update.search_rank(), start)
         self._visits = Visits(self.processes, dataset)
         self._place = Workplace(
             model, self._visitor, self._forward, self._groups, settled, self.accelerator, self._collator
@@ -157,7 +159,7 @@ class FederatedTrainer(Publishing, Personalizing):
         self._records = Records(self.output_dir / "records.jsonl", written=self.processes.is_main)
         self._folder = RunFolder(self.output_dir, self._store, self._records, args.save_total_limit)
         self._round = 0
-        self._visiting = False
+        self._visiting = self._warned = False
         self.client_metrics: dict[ClientId, Metrics] = {}
         self.state = TrainerState(
             max_steps=args.rounds,
@@ -332,10 +334,14 @@ class FederatedTrainer(Publishing, Personalizing):
             finally:
                 self._rest(server)
             clock.lap("server step")
-            drops = self._update.prune(server.routing, server.round)
-            if drops:
+            report = self._looked_at(report, server)
+            if drops := self._update.prune(server.routing, server.round):
                 report = replace(report, pruned=told(drops, server.adaptors))
                 server = self._without(server, [drop.adaptor for drop in drops])
+            if server.wide and self._update.searched(server.round):
+                server, lost = self._compressed(server)
+                report = replace(report, lost=lost)
+            if report.pruned or report.lost:
                 training = self._cohort_training(server)
                 self._rest(server)
             reports.append(report)
@@ -393,17 +399,35 @@ class FederatedTrainer(Publishing, Personalizing):
         if self.control.should_save or (self.control.should_training_stop and self.args.save_steps):
             self._save(server)
 
+    def _looked_at(self, report: RoundReport, server: ServerState) -> RoundReport:
+        """A round's report with what can be said of the adaptors; warns, once, of routers that get nowhere."""
+        participations = server.round * self._cohort_size / len(self.dataset)
+        if not self._warned and stuck_at_uniform(report.router_entropy, len(server.adaptors), participations):
+            self._warned = True
+            remedy = REMEDIES.get(self._update.name, REMEDIES["gradient"])
+            logger.warning("round %d: the clients' mixtures are still uniform; %s.", report.round, remedy)
+        found = self._update.regrets(server.routing) if report.usage is not None else None
+        return report if found is None else replace(report, regrets=found.round(decimals=4).tolist())
+
     def _without(self, server: ServerState, dropped: Sequence[int]) -> ServerState:
         """The server's state without some adaptors, which then are gone from the model, too."""
         kept = [number for number in range(len(server.adaptors)) if number not in dropped]
         axes = {name: cluster.axis for name, cluster in self._groups.clustered.items()}
         server = without_adaptors(server, kept, axes)
-        self._fit(server.adaptors)
+        self._fit(server.adaptors, server.wide)
+        self._rest(server)
         return replace(server, routing=self._update.keep(server.routing, kept))
 
-    def _fit(self, adaptors: Sequence[int]) -> None:
+    def _compressed(self, server: ServerState) -> tuple[ServerState, dict[str, float]]:
+        """The server's state, which the model holds, with adaptors of the rank that they are to have; what is lost."""
+        lost = self._adaptors.compress(server.routing.get("usage"))
+        self.processes.copy_from_main(tensors_of(self.model).values())
+        server = after_compression(server, self.model)
+        return replace(server, routing=self._update.compressed(server.routing, server.round)), lost
+
+    def _fit(self, adaptors: Sequence[int], wide: bool) -> None:
         """Make the model one of these adaptors; between visits, when it holds no client's tensors."""
-        if self._adaptors.fit(adaptors) and self._routers is not None:
+        if self._adaptors.fit(adaptors, wide) and self._routers is not None:
             self._untrained = self._visitor.private() | {self._routers.name: torch.zeros(1, *self._routers.shape)}
             self._settings = replace(self._settings, routers=self._routers.shape)
 
@@ -485,9 +509,10 @@ class FederatedTrainer(Publishing, Personalizing):
         mine = self._identity
         if not wanted:
             self._adaptors.restart()
+            self._fit(self._adaptors.alive, self._update.search_rank() is not None)
         else:
-            self._fit(self.processes.on_main(lambda: (self._folder.adaptors(wanted, mine), {}))[0])
-        held = ServerState.of(self.model, self._groups, memory, self._adaptors.alive)
+            self._fit(*self.processes.on_main(lambda: (self._folder.adaptors(wanted, mine), {}))[0])
+        held = ServerState.of(self.model, self._groups, memory, self._adaptors.alive, self._adaptors.wide)
 
         def read() -> Message:
             first = self._folder.first(wanted, held, mine, self.args.overwrite_output_dir, self.args.rounds)
@@ -523,7 +548,7 @@ class FederatedTrainer(Publishing, Personalizing):
     def _take_best(self, round: int) -> None:
         """Go back to the best checkpoint: the server's tensors and the clients' private state of its round."""
         folder = self.output_dir / f"checkpoint-{round}"
-        self._fit(self.processes.on_main(lambda: (self._folder.adaptors(folder, self._identity), {}))[0])
+        self._fit(*self.processes.on_main(lambda: (self._folder.adaptors(folder, self._identity), {}))[0])
         held = ServerState.of(self.model, self._groups)
 
         def read() -> Message:

@@ -1,5 +1,6 @@
 """What a run's records say: tables for the terminal, who gained and who lost, pictures."""
 
+from floral_peft.reports.adaptors import adaptors_in_words
 from floral_peft.reports.clusters import adaptor_of_each_client, clusters_found
 from floral_peft.reports.compare import Gains, gains
 from floral_peft.reports.formats import FORMATS, to_csv, to_json, to_latex, to_markdown
@@ -19,6 +20,7 @@ __all__ = [
     "Run",
     "Spread",
     "adaptor_of_each_client",
+    "adaptors_in_words",
     "clusters_found",
     "common_metric",
     "comparison",

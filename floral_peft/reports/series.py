@@ -64,12 +64,19 @@ def by_round(cell: Cell, value: Callable[[Record], float | None]) -> Series | No
 
 
 def usage(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
-    """The adaptors' shares of the cohort's examples: rounds [R] and shares [C, R]; none if they were not recorded."""
-    found = {one["round"]: one["usage"] for one in run.records if one["event"] == "round" and one.get("usage")}
-    if not found or len({len(shares) for shares in found.values()}) > 1:
+    """The adaptors' shares of the cohort's examples: rounds [R] and shares [C, R]; none if they were not recorded.
+
+    C counts the adaptors at first; one that is removed has a share of 0 from then on.
+    """
+    found = {one["round"]: one for one in run.records if one["event"] == "round" and one.get("usage")}
+    if not found:
         return None
     rounds = sorted(found)
-    return np.array(rounds), np.array([found[at] for at in rounds], dtype=float).T
+    numbers = [found[at].get("adaptors") or list(range(len(found[at]["usage"]))) for at in rounds]
+    shares = np.zeros((1 + max(map(max, numbers)), len(rounds)))
+    for column, (at, present) in enumerate(zip(rounds, numbers, strict=True)):
+        shares[present, column] = found[at]["usage"]
+    return np.array(rounds), shares
 
 
 def gigabytes(run: Run) -> dict[int, float] | None:

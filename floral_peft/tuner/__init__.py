@@ -16,6 +16,7 @@ from floral_peft.tuner.pure import PureModels, pure_losses
 from floral_peft.tuner.registration import register
 from floral_peft.tuner.roles import Role, parameter_roles, private_buffers
 from floral_peft.tuner.router import Router
+from floral_peft.tuner.shrinking import Ranks
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FloralLayer",
     "FloralModel",
     "PureModels",
+    "Ranks",
     "Role",
     "Router",
     "adapter_data",

@@ -1,10 +1,10 @@
-"""Making an adapter smaller for good: fewer adaptors, or a lower rank."""
+"""Making an adapter smaller for good: fewer adaptors, or a lower rank. And larger for a while."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,16 @@ from floral_peft.tuner.layers.factored import FactoredLayer
 from floral_peft.tuner.low_rank import as_columns, as_matrices, spectra
 from floral_peft.tuner.router import Router
 from floral_peft.tuner.tied import sharing_layers
+
+
+@dataclass
+class Ranks:
+    """An adapter's ranks: its config's fields, and what they gave each layer."""
+
+    r: int
+    budget: float | None
+    rank_pattern: dict[str, int]
+    layers: dict[str, int] = field(default_factory=dict)
 
 
 class Shrinking:
@@ -120,6 +130,59 @@ class Shrinking:
             if rank != layer.rank_by(wanted):
                 wanted.rank_pattern[f"^{re.escape(layer.name)}"] = rank
         config.r, config.budget, config.rank_pattern = wanted.r, wanted.budget, wanted.rank_pattern
+        return lost
+
+    @torch.no_grad()
+    def widen(self, r: int, seed: int, adapter_name: str | None = None) -> Ranks:
+        """Raise the rank of all adaptors to `r`, where it is lower. The model stays what it was: new terms are zero.
+
+        Args:
+            r: the new rank.
+            seed: of the new terms' factors that are drawn.
+            adapter_name: the adapter; by default, the first active one.
+
+        Returns:
+            The ranks that there were, for `narrow`.
+        """
+        name = self._adapter(adapter_name)
+        config = self.peft_config[name]
+        self._check_not_merged("raise its adaptors' rank")
+        before = Ranks(config.r, config.budget, dict(config.rank_pattern))
+        layers = [layer for layer in self._layers() if isinstance(layer, FactoredLayer) and layer.holds(name)]
+        config.r, config.budget, config.rank_pattern = r, None, {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for layer in layers:
+                before.layers[layer.name] = layer.r[name]
+                if layer.r[name] < r:
+                    layer.set_factors(name, *layer.with_rank(name, config, r))
+                elif layer.r[name] > r:
+                    config.rank_pattern[f"^{re.escape(layer.name)}"] = layer.r[name]
+        return before
+
+    def narrow(self, ranks: Ranks, weights: Tensor | None = None, adapter_name: str | None = None) -> dict[str, float]:
+        """Undo `widen` as `compress` would: each layer back to its rank.
+
+        Args:
+            ranks: what `widen` returned.
+            weights: as of `compress`.
+            adapter_name: the adapter; by default, the first active one.
+
+        Returns:
+            Layer name → what is lost, as of `compress`.
+        """
+        name = self._adapter(adapter_name)
+        config = self.peft_config[name]
+        self._check_not_merged("compress its adaptors")
+        counted = torch.ones(config.num_adaptors) if weights is None else weights
+        tied = sharing_layers(self.model)
+        lost = {}
+        for layer in self._layers():
+            if isinstance(layer, FactoredLayer) and layer.holds(name):
+                mean = mean_weights(layer, name, counted)
+                may_center = base_trains(layer) and layer.name not in tied
+                lost[layer.name] = _truncate(layer, name, ranks.layers[layer.name], mean, may_center)
+        config.r, config.budget, config.rank_pattern = ranks.r, ranks.budget, dict(ranks.rank_pattern)
         return lost
 
     def _adapter(self, adapter_name: str | None) -> str:

@@ -69,8 +69,8 @@ def assigned(client_id: str) -> Tensor:
 
 def visited(run: Any, client_id: str, theta: Tensor) -> Tensor:
     """θ after a visit that changes nothing else."""
-    theta = schedule.CLIENT_MEMORY * theta
-    theta = theta - run.dataset.num_examples(client_id, "train") * pure_losses(run, client_id)
+    _, others = hold_out(run.dataset[client_id]["train"], derive_seed(42, "held out", client_id))
+    theta = schedule.CLIENT_MEMORY * theta - len(others) * pure_losses(run, client_id, data=others)
     return theta - theta.max()
 
 
@@ -103,8 +103,8 @@ def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path) -> None:
     assert torch.allclose(torch.tensor(memory["losses"], dtype=torch.float64), sums, atol=1e-3)
 
 
-@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (10, 2), (200, 10)])
-def test_a_fifth_of_the_examples_is_held_out_and_always_the_same(count: int, held: int) -> None:
+@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (29, 2), (200, 10)])
+def test_a_tenth_of_the_examples_is_held_out_and_always_the_same(count: int, held: int) -> None:
     data = examples(count)
     held_out, others = hold_out(data, seed=7)
     again, _ = hold_out(data, seed=7)
@@ -119,7 +119,7 @@ def test_clients_do_not_train_on_what_is_held_out(tmp_path: Path) -> None:
     state = ServerState.of(run.model, run._groups, run._update.start(2))
     with run._visit():
         turn = run._turn("client 0", run._private("client 0"), state)
-        assert len(run._arrived(turn).trains_on) == 10  # of 12
+        assert len(run._arrived(turn).trains_on) == 11  # of 12
         run._round = 20
         turn = run._turn("client 0", run._private("client 0"), state)
         assert run._arrived(turn).trains_on is None
@@ -293,6 +293,25 @@ def test_a_balance_is_nothing_where_usage_is_even_and_hinders_the_crowded() -> N
     assert torch.allclose(balance(torch.full((3,), 7.0), 3.0), torch.zeros(3))
     crowded = balance(torch.tensor([9.0, 0.0, 0.0]), 2.0)
     assert torch.allclose(crowded, 2 * torch.log(torch.tensor([30 / 12, 3 / 12, 3 / 12])))
+
+
+# Health
+
+
+def test_routers_that_stay_uniform_are_told_with_a_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path / "a", rounds=7, router_update="gradient", learning_rate=0.0).train()
+    assert caplog.text.count("still uniform; adaptors that start equal give routers no gradient") == 1
+    caplog.clear()
+    trainer(tmp_path / "b", rounds=7, model=started(), **POSTERIOR).train()
+    assert "uniform" not in caplog.text
+
+
+def test_rounds_say_what_adaptors_are_to_each_others_users(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=started(num_adaptors=3), rounds=1, **POSTERIOR)
+    run.train()
+    found = torch.tensor(run.records[0]["regrets"])
+    assert found.shape == (3, 3) and not found.diagonal().any()
+    assert trainer(tmp_path / "b", rounds=1).train() and run.records[0]["pruned"] == []
 
 
 # What clients tell

@@ -80,6 +80,8 @@ def test_a_rounds_record_has_its_fields(tmp_path: Path) -> None:
         "bytes_up",
         "seconds",
         "adaptors",
+        "regrets",
+        "lost",
         "pruned",
         "truncation",
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.routing import schedule
 from floral_peft.federated.routing.balance import balance
-from floral_peft.federated.routing.prune import Drop, prune
+from floral_peft.federated.routing.prune import Drop, prune, regrets
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
@@ -39,7 +39,7 @@ class Posterior(RouterUpdate):
     The server learns, beside the aggregate, three sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f_k,
     and how many clients' best adaptor has changed. It remembers the first two with a fading memory, as U and N. By
     them it removes adaptors: see [`prune`]. Early in a run, the losses in N are those of examples that the client does
-    not train on: see [`hold_out`].
+    neither train on nor choose by: see [`hold_out`].
     """
 
     name = "posterior"
@@ -77,13 +77,30 @@ class Posterior(RouterUpdate):
     def absorb(self, memory: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """U ← δ U + Σ_k π_k and N ← δ N + Σ_k π_kᵀ f_k."""
         decay = schedule.server_decay(self.sampled)
-        return {name: decay * value + sums[name] for name, value in memory.items()}
+        return {**memory, **{name: decay * memory[name] + sums[name] for name in ("usage", "losses")}}
 
     def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
         """Dead and dispensable adaptors, by U and N, from time to time."""
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self.sampled):
             return []
         return prune(memory["usage"], memory["losses"])
+
+    def search_rank(self) -> int | None:
+        """`search_r`."""
+        return self.args.search_r
+
+    def searched(self, round: int) -> bool:
+        """When clients do not hold examples out any more."""
+        return round >= schedule.searched_rounds(self.sampled, self.args.rounds)
+
+    def compressed(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+        """Clients stay with their adaptors for a while."""
+        until = torch.tensor([round + schedule.SETTLED / self.sampled], dtype=torch.float64)
+        return {**memory, "settled until": until}
+
+    def regrets(self, memory: Mapping[str, Tensor]) -> Tensor:
+        """By U and N."""
+        return regrets(memory["usage"], memory["losses"])
 
     def keep(self, memory: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
         """U and N of those that stay."""
@@ -97,26 +114,28 @@ class Posterior(RouterUpdate):
         held_out, others = None, turn.dataset
         if turn.training and done < schedule.HELD_OUT:
             held_out, others = hold_out(turn.dataset, derive_seed(self.args.seed, "held out", turn.client_id))
-        parts = [part for part in (held_out, self._some(others, turn)) if part is not None]
-        found = turn.pure_losses_of(parts)
-        shares = [1.0] if held_out is None else [len(held_out) / turn.num_examples, len(others) / turn.num_examples]
-        mean = torch.stack([share * part for share, part in zip(shares, found, strict=True)]).sum(dim=0)
-        losses = as_log_likelihoods(mean, turn)
+        looked_at = self._some(others, turn)
+        *unseen, losses = turn.pure_losses_of([looked_at] if held_out is None else [held_out, looked_at])
+        losses = as_log_likelihoods(losses, turn)
         before = turn.private[routers.name]  # (1, L, C)
         chosen = _chooses(before)
         if turn.training and not chosen and done < schedule.BALANCED:
-            before = self._assigned(before, turn)
-        kept = routers.less(schedule.CLIENT_MEMORY * before, turn.num_examples * losses)
+            before = self._given(
+                before, derive_seed(self.args.seed, "adaptor", turn.client_id) % before.shape[-1], turn
+            )
+        kept = routers.less(schedule.CLIENT_MEMORY * before, len(others) * losses)
         kept = kept - kept.amax(dim=-1, keepdim=True)
+        if "settled until" in turn.memory and turn.round < float(turn.memory["settled until"]):
+            kept = self._given(kept, _best(before if chosen else kept), turn)
         if not turn.training:
             return Arrived(turn.with_logits(kept))
         handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))
         working = routers.less(kept, handicap)
         mixture = routers.mixture_of(working).double()
-        seen = losses if held_out is None else as_log_likelihoods(found[0], turn)
+        told = as_log_likelihoods(unseen[0], turn) if unseen else losses
         sums = {
             "usage": mixture,
-            "losses": torch.outer(mixture, seen.double()),
+            "losses": torch.outer(mixture, told.double()),
             "switches": torch.tensor([float(chosen and _best(before) != _best(kept))], dtype=torch.float64),
         }
         trains_on = None if held_out is None else others
@@ -130,12 +149,11 @@ class Posterior(RouterUpdate):
         rows = rng.choice(len(dataset), schedule.EVIDENCE_EXAMPLES, replace=False)
         return Viewed(dataset).view(np.sort(rows))
 
-    def _assigned(self, like: Tensor, turn: Turn) -> Tensor:
-        """A router that is all but one-hot at an adaptor drawn for the client: adaptors may start equal."""
-        logits = torch.zeros_like(like)
-        adaptor = derive_seed(self.args.seed, "adaptor", turn.client_id) % like.shape[-1]
-        logits[..., adaptor] = schedule.ASSIGNED
-        return turn.routers.less(torch.zeros_like(like), -logits[0, 0])
+    def _given(self, like: Tensor, adaptor: int, turn: Turn) -> Tensor:
+        """A router that is all but one-hot."""
+        logits = torch.zeros(like.shape[-1])
+        logits[adaptor] = schedule.ASSIGNED
+        return turn.routers.less(torch.zeros_like(like), -logits)
 
 
 def as_log_likelihoods(losses: Tensor, turn: Turn) -> Tensor:
@@ -156,6 +174,7 @@ def hold_out(dataset: Dataset, seed: int) -> tuple[Dataset | None, Dataset]:
     """The examples of a client that it does not train on for a while, and the others.
 
     On examples that an adaptor has memorised it beats its duplicates; on others it does not, so that they can be told.
+    The client does not choose by them either, or its choice would look better to the server than it is.
 
     Args:
         dataset: The client's training examples.
@@ -164,7 +183,7 @@ def hold_out(dataset: Dataset, seed: int) -> tuple[Dataset | None, Dataset]:
     Returns:
         None and all of them where there are too few.
     """
-    count = min(max(1, round(schedule.HELD_OUT_SHARE * len(dataset))), schedule.HELD_OUT_EXAMPLES)
+    count = max(1, min(len(dataset) // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
     if len(dataset) < 3:
         return None, dataset
     order = np.random.default_rng(seed).permutation(len(dataset))

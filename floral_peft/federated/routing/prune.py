@@ -15,7 +15,7 @@ LEAST_SHARE = 0.01
 #: An adaptor is dispensable where its users would lose less than this with another, by `regrets`.
 LEAST_REGRET = 0.1
 #: So many adaptors stay, whatever happens.
-FEWEST = 2
+FEWEST = 1
 #: Most of the adaptors that may go as dispensable at once: their users move, and with them what the others are for.
 MOST_AT_ONCE = 0.25
 
@@ -62,13 +62,14 @@ def regrets(usage: Tensor, losses: Tensor) -> Tensor:
         losses: N, the sums of their losses under each adaptor, (C, C): a row for the users, a column for the adaptor.
 
     Returns:
-        (C, C); its diagonal is 0.
+        (C, C); its diagonal is 0. All of it, where adaptors do not matter.
     """
     tiny = torch.finfo(usage.dtype).tiny
     means = losses / usage.clamp(min=1e-9).unsqueeze(1)
     gaps = means - means.diagonal().unsqueeze(1)
     share = usage / usage.sum().clamp(min=tiny)
-    return gaps / (share * gaps.amax(dim=1)).sum().clamp(min=tiny)
+    matter = (share * gaps.amax(dim=1)).sum()
+    return gaps / matter if float(matter) > 0 else torch.zeros_like(gaps)
 
 
 def prune(usage: Tensor, losses: Tensor) -> list[Drop]:

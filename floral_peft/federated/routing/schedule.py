@@ -17,22 +17,22 @@ SERVER_MEMORY = 2.0
 BALANCE = 3.0
 #: Over so many participations that fades away.
 BALANCED = 10.0
-#: After so many participations adaptors are looked at for the first time, whether any of them can go,
+#: After so many participations adaptors are looked at for the first time, whether any of them can go, and then again
+#: after so many.
 PRUNED_FROM = 7.5
-#: then again after so many,
 PRUNED_EVERY = 1.2
-#: and after so many no more: who is alive then stays.
-PRUNED_UNTIL = 40.0
 #: The adaptors' learning rate in units of the base's, and the longest step of any weight or adaptor, as matrices.
 ADAPTOR_RATE = 6.0
 STEP_NORM = 1.0
-#: The logit of the adaptor that is drawn for a client until its first visit.
+#: The logit of an adaptor that a client is given: drawn for its first visit, or kept through a compression.
 ASSIGNED = 20.0
-#: Over so many participations a client trains without a share of its examples, so many at most: by them the server
-#: tells duplicates.
+#: Over so many participations a client trains without one in so many of its examples, so many at most: by them the
+#: server tells duplicates.
 HELD_OUT = 20.0
-HELD_OUT_SHARE = 0.2
+HELD_OUT_SHARE = 10
 HELD_OUT_EXAMPLES = 10
+#: After a compression clients stay with their best adaptor for so many participations, until it is itself again.
+SETTLED = 10.0
 #: Losses are looked at on so many of a client's examples at most.
 EVIDENCE_EXAMPLES = 256
 
@@ -51,6 +51,16 @@ def balanced_rounds(sampled: float) -> float:
     return BALANCED / sampled
 
 
+def searched_rounds(sampled: float, rounds: int) -> float:
+    """After how many rounds adaptors of `search_r` are compressed.
+
+    Args:
+        sampled: The share of the clients that take part in a round.
+        rounds: The rounds of the run.
+    """
+    return min(HELD_OUT / sampled, rounds / 2)
+
+
 def pruning_due(round: int, sampled: float) -> bool:
     """Whether adaptors are looked at after a round.
 
@@ -59,4 +69,4 @@ def pruning_due(round: int, sampled: float) -> bool:
         sampled: The share of the clients that take part in a round.
     """
     events = [math.floor((t * sampled - PRUNED_FROM) / PRUNED_EVERY + 1e-9) for t in (round - 1, round)]
-    return events[1] >= 0 and events[1] > events[0] and round * sampled <= PRUNED_UNTIL
+    return 0 <= events[1] > events[0]

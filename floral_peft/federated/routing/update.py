@@ -22,15 +22,15 @@ class RouterUpdate:
     A subclass changes what it needs: settings of the run that the user has left open (`settle`), how mixtures are
     computed while clients train (`settings`), what a client does with its examples before its local steps (`arrival`),
     what the server remembers from round to round (`start`, `absorb`) of what clients tell it (`sums`), and which
-    adaptors it then removes (`prune`, `keep`). The server learns of routers weighted sums over the cohort only, which
-    secure aggregation could carry; a client's logits never leave it.
+    adaptors it then removes (`prune`, `keep`), or when it compresses them (`searched`). The server learns of routers
+    weighted sums over the cohort only, which secure aggregation could carry; a client's logits never leave it.
 
     Args:
         args: The run's settings.
         sampled: The share of the clients that take part in a round.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "none"
 
     def __init__(self, args: FederatedArguments, sampled: float = 1.0) -> None:
         self.args = args
@@ -77,6 +77,22 @@ class RouterUpdate:
             round: The round, from 1.
         """
         return []
+
+    def search_rank(self) -> int | None:
+        """The least rank that adaptors have at first; None: what they have."""
+        return None
+
+    def searched(self, round: int) -> bool:
+        """Whether adaptors that were given a larger rank are compressed after a round, if they still have it."""
+        return False
+
+    def compressed(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+        """What the server remembers once adaptors are compressed after a round."""
+        return dict(memory)
+
+    def regrets(self, memory: Mapping[str, Tensor]) -> Tensor | None:
+        """What an adaptor's users would lose with another one, (C, C), for the records; None where it is unknown."""
+        return None
 
     def keep(self, memory: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
         """What the server remembers, without the adaptors that are gone.

@@ -144,6 +144,19 @@ class FactoredLayer(FloralLayer):
             self.scaling[adapter_name],
         )
 
+    def with_rank(self, adapter_name: str, config: FloralConfig, rank: int) -> tuple[Tensor, Tensor]:
+        """The adaptors' factors A and B with terms added up to a rank, which contribute nothing yet."""
+        geometry, old = self.geometry(config), self.factors(adapter_name)
+        a = torch.zeros(len(old.a), rank, *old.a.shape[2:])
+        b = torch.zeros(*old.b.shape[:2], rank, *old.b.shape[3:])
+        drawn, zero = (b, a) if geometry.table else (a, b)
+        fan_in = rank if geometry.table else prod(geometry.inputs)
+        init_factors(drawn, zero, None, fan_in=fan_in, identity=True, std=0.0)
+        a, b = a.to(old.a), b.to(old.b)
+        a[:, : old.a.shape[1]] = old.a
+        b[:, :, : old.b.shape[2]] = old.b
+        return a, b
+
     def set_factors(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
         """Replace the adaptors' factors by A (C, r, in...) and B (out, C, r, kernel...) of any rank r.
 
