@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,17 @@ def read_settings(arguments: Sequence[str], many_tasks: bool = False) -> Setting
 
 class _Parser(StrictParser, HfArgumentParser):
     """HfArgumentParser for several dataclasses, with [`StrictParser`]'s manners."""
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """The word "none" takes back a number that the task or the file has set, where the setting can be without."""
+        if arg_string.lower() == "none" and action.dest in self._numbers_or_none:
+            return None
+        return super()._get_value(action, arg_string)
+
+    @cached_property
+    def _numbers_or_none(self) -> set[str]:
+        hints = {name: hint for kind in self.dataclass_types for name, hint in typing.get_type_hints(kind).items()}
+        return {name for name, hint in hints.items() if hint in (int | None, float | None)}
 
     def dataclasses_from(self, words: Sequence[str]) -> tuple[Any, ...]:
         """An instance of each dataclass."""

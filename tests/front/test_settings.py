@@ -148,6 +148,12 @@ def test_what_a_run_writes_down_is_read_back_as_the_same_settings(tmp_path: Path
     assert everything(after) == everything(before)
 
 
+def test_none_takes_back_a_number_that_the_task_has_set() -> None:
+    settings = read_settings(["--task", "mnist-rotate", "--budget", "none", "--r", "16", "--eval_steps", "none"])
+    assert (settings.adaptors.budget, settings.adaptors.r, settings.federated.eval_steps) == (None, 16, None)
+    assert "invalid int value: 'none'" in refusal("--rounds", "none")
+
+
 def test_a_misspelt_flag_is_told_the_nearest() -> None:
     assert refusal("--ruonds", "3") == "there is no setting --ruonds: did you mean 'rounds'?"
     assert "did you mean 'num_adaptors'?" in refusal("--num-adapters=3")
