@@ -35,6 +35,7 @@ import torch
 import transformers
 from models import mnist_net, vgg8
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from floral_peft import FloralConfig
@@ -68,9 +69,15 @@ class Served:
         with torch.no_grad():
             self.floral.router.logits["default"].normal_()
         self.peft = get_peft_model(build(), _lora(r, targets), adapter_name="r 0")
+        layers = [module for module in self.peft.modules() if isinstance(module, LoraLayer)]
         for rank, mark in ((r, "r"), (c * r, "C·r")):
-            for client in range(mark == "r", clients):
-                self.peft.add_adapter(f"{mark} {client}", _lora(rank, targets))
+            config = _lora(rank, targets)
+            for client in range(
+                mark == "r", clients
+            ):  # not by add_adapter, whose time grows with those that are there
+                self.peft.peft_config[f"{mark} {client}"] = config
+                for layer in layers:
+                    layer.update_layer(f"{mark} {client}", rank, rank, config)
         self.peft.to(dtype).eval()
         self.held = self._bytes()
 
@@ -119,23 +126,23 @@ def _lora(rank: int, targets: Any) -> LoraConfig:
     return LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
 
 
-def language(name: str, job: str, device: str, dtype: torch.dtype, clients: int, c: int, r: int) -> Served:
-    """Requests of 8 tokens to a causal language model: read them, or write 8 more."""
+def language(name: str, job: str, length: int, device: str, dtype: torch.dtype, *sizes: int) -> Served:
+    """Requests of some tokens to a causal language model: read them, or write as many more."""
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    tokens = torch.randint(5, 1000, (clients, 8), device=device)
+    tokens = torch.randint(5, 1000, (sizes[0], length), device=device)
 
     def forward(model: Any, count: int, **kwargs: Any) -> Tensor:
         return model(input_ids=tokens[:count], **kwargs).logits
 
     def generate(model: Any, count: int, **kwargs: Any) -> Tensor:
         ids = tokens[:count]
-        length = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **kwargs)
+        written = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **written, **kwargs)
 
     def build() -> Any:
         return load(name, dtype=dtype).to(device).eval()
 
-    return Served(build, generate if job == "generate" else forward, "all-linear", clients, c, r)
+    return Served(build, generate if job == "generate" else forward, "all-linear", *sizes)
 
 
 def images(
@@ -160,8 +167,8 @@ def cases(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str
             yield (
                 f"{where}, {name}",
                 "tokens",
-                8,
-                language(options.model, name, options.device, dtype, *sizes),
+                options.tokens,
+                language(options.model, name, options.tokens, options.device, dtype, *sizes),
             )
         else:
             yield "VGG-8 on 32×32 images", "images", 1, images(vgg8, (3, 32, 32), options.device, dtype, *sizes)
@@ -222,6 +229,7 @@ def main() -> None:
     parser.add_argument(
         "--clients", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 4, 8, 16, 32, 64]
     )
+    parser.add_argument("--tokens", type=int, default=8, help="tokens of a request, and tokens that are written")
     parser.add_argument("--batch", type=int, default=16, help="requests where only the number of clients changes")
     parser.add_argument("--c", type=int, default=4, help="adaptors")
     parser.add_argument("--r", type=int, default=8, help="rank of an adaptor, and of a client's LoRA")
@@ -238,7 +246,9 @@ def main() -> None:
     rng = random.Random(0)  # noqa: S311 (an order, not a secret)
     results = []
     for name, unit, per_request, served in cases(options, getattr(torch, options.dtype)):
-        print(f"\n{name}: " + ", ".join(f"{what} {size / 1e6:.3g} MB" for what, size in served.held.items()))
+        print(
+            f"\n{name}: " + ", ".join(f"{what} {size / 1e6:.3g} MB" for what, size in served.held.items()), flush=True
+        )
         batches = [list(range(n)) for n in options.clients]
         batches += [[i % n for i in range(options.batch)] for n in options.clients if n < options.batch]
         for batch in batches:

@@ -7,14 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers.utils import hub
 
 from floral_peft import FloralConfig
 from floral_peft.tuner import Ensemble, export_client
@@ -23,6 +26,7 @@ from .models import TOKENS, floral_llama, get_peft_model, tiny_llama
 from .reference import randomize
 
 
+FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 IMAGES = torch.randn(3, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
@@ -295,6 +299,35 @@ def test_exports_load_where_this_package_is_not_installed(tmp_path: Path) -> Non
     subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], check=True, capture_output=True)  # noqa: S603
     outputs = load_file(tmp_path / "outputs.safetensors")
     assert all(same(outputs[name], value) for name, value in expected.items())
+
+
+# The Hub
+
+
+def test_a_model_is_pushed_as_any_of_pefts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: dict[str, bytes] = {}
+
+    class Hub:
+        """A stand-in for huggingface_hub's `HfApi`."""
+
+        def create_repo(self, repo_id: str, **given: Any) -> Any:
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def create_commit(self, repo_id: str, operations: list[Any], **given: Any) -> str:
+            for operation in operations:
+                pushed[f"{repo_id}/{operation.path_in_repo}"] = Path(operation.path_or_fileobj).read_bytes()
+            return "commit"
+
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("# Roles"))
+    model = adapted(linear_net())
+    assert model.push_to_hub("roles", private=True) == "commit"
+    assert pushed.keys() == {f"me/roles/{name}" for name in FILES}
+    for name in FILES:
+        (tmp_path / name).write_bytes(pushed[f"me/roles/{name}"])
+    loaded = peft.PeftModel.from_pretrained(linear_net(), str(tmp_path))
+    for one, other in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 # Refusals
