@@ -53,6 +53,8 @@ class StackedLinear(torch.autograd.Function):
         scaled = _scaled(hidden, w, a.shape[1])
         if w.dim() == 1:
             shift = mixed_shift(bias, beta, w)
+        elif beta is not None and len(rows) == len(w):
+            shift = w.mm(beta) if bias is None else torch.addmm(bias, w, beta)  # each row's own
         else:
             shift = bias
             if beta is not None:  # each example's own: C more terms of the product

@@ -177,7 +177,9 @@ class Router(nn.Module):
     def _row(self, client: Any, table: str) -> int:
         row = self.settings[table].row_of(client, table)
         for name in self.active_adapters:
-            if len(self.logits[name]) > 1 and (other := self.settings[name].row_of(client, name)) != row:
+            if name == table or len(self.logits[name]) == 1:
+                continue
+            if (other := self.settings[name].row_of(client, name)) != row:
                 raise ValueError(
                     f"Client {client!r} is row {row} of adapter {table!r} but row {other} of adapter {name!r}. Give "
                     "both adapters their clients in one order, or make one of them active at a time."
