@@ -78,7 +78,9 @@ def _use(name: str, model: Any) -> str:
         lines += ["from safetensors.torch import load_model", "", f"model = ...  # a {kind}"]
         lines += [f'load_model(model, "{name}/model.safetensors")']
     if _is_floral(model):
-        lines += ['model.fit_router(batches, client="me")', 'with model.client("me"):', "    model(**batch)"]
+        loss = "" if known else ", loss=loss"  # loss(batch): a plain module returns none
+        call = "    model(**batch)" if known else "    model(x)"
+        lines += [f'model.fit_router(batches, client="me"{loss})', 'with model.client("me"):', call]
     return "\n".join(["```python", *lines, "```"])
 
 

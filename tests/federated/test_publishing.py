@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from floral_peft.federated import FederatedDataset, publishing
 from floral_peft.tuner import export_client
 
-from .clients import floral_net, net, population, tensors, trainer
+from .clients import examples, floral_net, net, population, tensors, trainer
 
 
 POINTS = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
@@ -137,7 +137,7 @@ def test_a_published_adapter_has_a_card_with_figures(tmp_path: Path) -> None:
     assert "A mixture of 2 low-rank adaptors (rank 2) on Sequential, which was trained too" in body
     assert 'over 2 rounds by 4 clients, method "floral"' in body
     assert 'PeftModel.from_pretrained(base, "published")' in body
-    assert 'model.fit_router(batches, client="me")' in body
+    assert 'model.fit_router(batches, client="me", loss=loss)' in body
     row = [f"{summary[f'eval_accuracy{ending}']:.4g}" for ending in ("", "_client_mean", "_worst_decile")]
     assert f"| accuracy | {' | '.join(row)} |" in body
     assert "| loss |" in body
@@ -163,8 +163,8 @@ def test_a_models_card_is_of_its_library(tmp_path: Path) -> None:
     config = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
-    examples = Dataset.from_dict({"input_ids": [[4, 5, 6]] * 4, "labels": [0, 1, 0, 1]})
-    data = FederatedDataset({"one": examples, "other": examples})
+    tokens = Dataset.from_dict({"input_ids": [[4, 5, 6]] * 4, "labels": [0, 1, 0, 1]})
+    data = FederatedDataset({"one": tokens, "other": tokens})
     run = trainer(tmp_path / "run", "fedavg", model=BertForSequenceClassification(config), dataset=data)
     run.publish(tmp_path / "bert")
     head, body = head_and_body(tmp_path / "bert")
@@ -231,16 +231,31 @@ def test_what_is_pushed_is_what_is_published(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_published_adapter_takes_a_new_clients_router(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "run", optimal_routing=True, rounds=6, learning_rate=0.3)
+    """The card's three lines; and what they give can be exported again."""
+    run = trainer(tmp_path / "run", optimal_routing=True, rounds=30, learning_rate=0.3)
     run.train()
     run.publish(tmp_path / "published")
     model: Any = peft.PeftModel.from_pretrained(net(), str(tmp_path / "published")).eval()
-    model.load_router_state_dict({"logits": torch.tensor([[-1e4, 0.0]])})
-    with torch.no_grad():
-        assert torch.allclose(model(POINTS), outputs(run, "client 1"), atol=1e-6)
-    export_client(copy.deepcopy(model), tmp_path / "mine", kind="merged")
-    with torch.no_grad():
+
+    def loss(batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["points"]), batch["labels"])
+
+    batch = examples(20, seed=77, cluster=1).with_format("torch")[:]
+    mixture = model.fit_router([batch], client="me", loss=loss)
+    assert float(mixture[1]) > 0.9  # adaptor 1 was trained by the clients of cluster 1
+    export_client(copy.deepcopy(model), tmp_path / "mine", "me", kind="merged")
+    with torch.no_grad(), model.client("me"):
         assert torch.allclose(as_plain(tmp_path / "mine")(POINTS), model(POINTS), atol=1e-6)
+
+
+def test_a_personalised_client_is_exported(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", optimal_routing=True, rounds=6, learning_rate=0.3)
+    run.train()
+    run.personalize(examples(20, seed=77, cluster=1), "me")
+    run.export("me", tmp_path / "mine")
+    run.model.eval()
+    with torch.no_grad(), run.model.client("me"):
+        assert torch.allclose(as_plain(tmp_path / "mine")(POINTS), run.model(POINTS), atol=1e-6)
 
 
 def test_several_clients_are_exported_from_one_run(tmp_path: Path) -> None:
