@@ -143,6 +143,7 @@ def test_the_papers_figure_is_for_its_own_settings_only(tmp_path: Path) -> None:
 def test_titles_are_a_readers_words() -> None:
     assert row_title("floral+budget=0.01+num_adaptors=x2+optimal_routing") == "FLoRAL, ρ = 1 %, C × 2, π*"
     assert row_title("floral+router_update=gradient") == "FLoRAL, gradient router"
+    assert row_title("floral+precondition_epsilon=1e-5") == "FLoRAL, ε = 1e-5"
     assert row_title("somebodys+step_size=1e+3") == "somebodys, step_size = 1e+3"
     assert task_title("cifar10-label-shift-reduced") == "CIFAR-10 label shift reduced"
 
