@@ -31,6 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         f"{_FLORAL}+conv_split=balanced",
         f"{_FLORAL}+conv_split=in",
         f"{_FLORAL}+conv_split=out",
+        f"{_FLORAL}+exclude_modules=conv.*",
         f"{_FLORAL}+num_adaptors=x0.5",
         f"{_FLORAL}+num_adaptors=x2",
         f"{_FLORAL}+adapt_bias=false",

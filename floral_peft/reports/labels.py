@@ -29,6 +29,7 @@ _SWITCHES = {
     "alternating=true": "alternating",
     "stateless": "stateless",
     "adapt_bias=false": "no biases",
+    "exclude_modules=conv.*": "no ConvLoRA",
     "router_update=gradient": "gradient router",
     "router_update=mirror": "mirror router",
     "router_update=posterior": "posterior router",

@@ -46,6 +46,7 @@ _ABLATION_TASKS = ("cifar10-rotate", "cifar10-label-shift")
 _ABLATIONS = {
     "floral+budget=0.01+conv_split=in": (67.6, 73.5),
     "floral+budget=0.01+conv_split=out": (68.5, 74.0),
+    "floral+budget=0.01+exclude_modules=conv.*": (67.6, 73.9),
     "floral+budget=0.01+num_adaptors=x0.5": (66.5, 36.3),
     "floral+budget=0.01+num_adaptors=x2": (69.0, 73.8),
 }

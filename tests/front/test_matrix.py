@@ -137,6 +137,10 @@ def test_the_papers_figure_is_for_its_own_settings_only(tmp_path: Path) -> None:
         (0.913, 0.006)
     )
     assert figure("floral+budget=0.01+num_adaptors=x0.5", "cifar10-label-shift", budget=0.01) == (0.363, None)
+    assert figure("floral+budget=0.01+exclude_modules=conv.*", "cifar10-rotate", budget=0.01) == (
+        pytest.approx(0.676),
+        None,
+    )
     assert figure("fedavg", "digits") is None
 
 
