@@ -148,8 +148,8 @@ class Clients:
 
         Language models and other self-supervised ones need no labels beyond the inputs. A classifier's examples may
         lack labels too: then f_c is how unsure its predictions are (`prediction_doubt`). That tells apart clients
-        whose *inputs* differ (rotated digits: the right one of 4 adaptors from 10 examples, from one example two
-        times in three); it cannot tell apart those that call the same inputs by other names.
+        whose *inputs* differ (rotated digits: the right one of 4 adaptors from 10 examples, from one example every
+        other time); it cannot tell apart those that call the same inputs by other names.
 
         Args:
             batches: a `DataLoader`, or any batches: mappings that the model takes by keyword, or what `loss` takes.
