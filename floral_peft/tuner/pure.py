@@ -7,7 +7,7 @@ model with that one adaptor, whose weight is 1, not a mixture of C of which all 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -42,24 +42,36 @@ class PureModels:
     or does badly, such as control flow that depends on the data, or fused attention.
 
     Args:
-        model: The model. It is not changed.
+        model: The model. It is not changed. Where it gets other layers, or other adapters become active, this must be
+            made anew; not where adaptors are removed or their rank changes.
 
     Raises:
         ValueError: The model has no router, or several active adapters.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        names = [name for name, role in parameter_roles(model).items() if role.kind == "router"]
+        roles = parameter_roles(model)
+        names = [name for name, role in roles.items() if role.kind == "router"]
         if len(names) != 1:
             raise ValueError(
                 f"the model has {len(names)} active FLORAL adapters, and pure models are those of one: choose it with "
                 "model.set_adapter."
             )
-        self._model = model
         self._scope = _Scope(model)
-        self._name = names[0]
-        self._adapter = self._name.rsplit(".", 1)[-1]
-        self._router = next(module for module in model.modules() if isinstance(module, Router))
+        self._name = f"model.{names[0]}"
+        self._adapter = names[0].rsplit(".", 1)[-1]
+        # Found once: a walk over a small model takes as long as a forward pass.
+        self._modules = list(model.modules())
+        self._router = next(module for module in self._modules if isinstance(module, Router))
+        factored = [layer for layer in self._modules if isinstance(layer, FactoredLayer)]
+        self._factored = [layer for layer in factored if layer.holds(self._adapter)]
+        places = [(name.rsplit(".", 1)[0], role.axis) for name, role in roles.items() if role.axis is not None]
+        for prefix, module in model.named_modules():
+            if isinstance(module, ReparametrizedBatchNorm) and module.holds(self._adapter):
+                places += [(f"{prefix}.floral_mean", 0), (f"{prefix}.floral_var", 0)]
+        self._places: list[tuple[str, Any, int]] = [
+            (f"model.{place}.{self._adapter}", model.get_submodule(place), axis) for place, axis in places
+        ]
         self._together = _can_batch(model)
 
     def losses(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> list[Tensor]:
@@ -75,10 +87,10 @@ class PureModels:
         """
         held = list(batches)
         tensors = self._tensors()
-        with torch.no_grad(), _evaluating(self._model), self._first_client():
+        with torch.no_grad(), _evaluating(self._modules), self._first_client():
             if self._together:
                 try:
-                    with _batched(self._model, self._adapter):
+                    with _batched(self._factored, self._adapter):
                         return [vmap(lambda part: self._within(part, loss, batch))(tensors) for batch in held]  # noqa: B023
                 except (RuntimeError, UserWarning):  # whatever else is wrong is wrong below, too
                     self._together = False
@@ -113,7 +125,7 @@ class PureModels:
         found, top_k = [], settings.top_k
         settings.top_k = None  # the mixture is that of the k largest already; the others are to have a gradient, too
         try:
-            with torch.enable_grad(), _evaluating(self._model), self._first_client():
+            with torch.enable_grad(), _evaluating(self._modules), self._first_client():
                 for batch in batches:
                     value = self._within({self._name: logits.expand(len(table), -1, -1)}, loss, batch)
                     (gradient,) = torch.autograd.grad(value, logits)
@@ -127,15 +139,8 @@ class PureModels:
 
     def _tensors(self) -> dict[str, Tensor]:
         """What differs between the pure models, stacked over them: name → (C, ...); views of the model's tensors."""
-        parameters = dict(self._model.named_parameters())
-        axes = {name: role.axis for name, role in parameter_roles(self._model).items() if role.axis is not None}
-        tensors = {name: _slices(parameters[name].detach(), axis) for name, axis in axes.items()}
-        for prefix, module in self._model.named_modules():
-            if isinstance(module, ReparametrizedBatchNorm) and self._adapter in module.floral_mean:
-                for buffer in ("floral_mean", "floral_var"):
-                    held = getattr(module, buffer)[self._adapter]
-                    tensors[f"{prefix}.{buffer}.{self._adapter}"] = _slices(held, 0)
-        table = parameters[self._name].detach()
+        tensors = {name: _slices(held[self._adapter].detach(), axis) for name, held, axis in self._places}
+        table = self._router.logits[self._adapter].detach()
         rows, layers, count = table.shape
         if tensors:  # one adaptor each: whatever its logit, its weight is 1
             logits = table.new_zeros(count, 1, 1, 1)
@@ -145,8 +150,7 @@ class PureModels:
         return tensors | {self._name: logits.expand(-1, rows, layers, -1)}
 
     def _within(self, tensors: Mapping[str, Tensor], loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        result: Tensor = functional_call(self._scope, named, (lambda: loss(batch),), tie_weights=False)
+        result: Tensor = functional_call(self._scope, dict(tensors), (lambda: loss(batch),), tie_weights=False)
         return result
 
     @contextmanager
@@ -194,13 +198,12 @@ def _can_batch(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _batched(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def _batched(layers: Sequence[FactoredLayer], adapter_name: str) -> Iterator[None]:
     """Within, no weights are merged: the base's part, merged, would be another for each adaptor.
 
     Raises:
         UserWarning: An operation is one that vmap does lane by lane.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, FactoredLayer) and layer.holds(adapter_name)]
     before = [layer.compute[adapter_name] for layer in layers]
     for layer in layers:
         layer.compute[adapter_name] = "stacked"
@@ -214,11 +217,11 @@ def _batched(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """In evaluation mode; afterwards each module is in the mode in which it was."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules if module.training]
     if training:
-        model.eval()
+        modules[0].eval()
     try:
         yield
     finally:
