@@ -59,7 +59,7 @@ def export_client(
         kind: `"merged"`: the base model with the client's mixture in its weights, written by its own
             `save_pretrained` or, for a plain `nn.Module`, its tensors as `model.safetensors`. `"lora"`: an adapter of
             PEFT's LoRA, of rank C·r or the smaller one that the mixture has; if the base was trained, with that base
-            in the folder `base_model`. `"auto"`: a LoRA where the base is what it was, else merged.
+            in the folder `base_model`. `"auto"`: a LoRA where the base is what it was or a rank is given, else merged.
         rank: Cut a LoRA's layers off at this rank; None: it is exact.
 
     Raises:
@@ -68,8 +68,10 @@ def export_client(
     """
     if kind not in get_args(ExportKind):
         raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, get_args(ExportKind)))}.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1, or None for an exact LoRA.")
+    if rank is not None and (rank < 1 or kind == "merged"):
+        raise ValueError(
+            f"rank={rank}: a LoRA's rank is at least 1, or None for an exact one; a merged model has none."
+        )
     if not isinstance(model, Ensemble) and not any(isinstance(module, FloralLayer) for module in model.modules()):
         raise ValueError("the model has no FLORAL adaptors, so there is no client's mixture to export.")
     held: Any = model
@@ -77,9 +79,9 @@ def export_client(
         if isinstance(model, Ensemble):
             return _export_member(model, Path(folder), kind)
         held._check_not_merged("export a client")
-        if kind == "merged" or (kind == "auto" and base_trains(model)):
-            return _export_merged(model, Path(folder))
-        return _export_lora(model, Path(folder), rank)
+        if kind == "lora" or rank is not None or (kind == "auto" and not base_trains(model)):
+            return _export_lora(model, Path(folder), rank)
+        return _export_merged(model, Path(folder))
 
 
 def _export_merged(model: Any, folder: Path) -> Exported:

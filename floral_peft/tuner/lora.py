@@ -70,6 +70,8 @@ def to_lora(model: Any, rank: int | None = None) -> Lora:
     for name, module in wrapped_modules(base):
         if not isinstance(module, FloralLayer):
             whole[name] = dict(saved_whole(module).state_dict())
+        elif not any(module.holds(adapter_name) for adapter_name in module.active_adapters):
+            continue
         elif isinstance(module, FactoredLayer) and _fits(module):
             layers[name], changes[name] = module, _change(module, rank)
         else:

@@ -165,6 +165,20 @@ def test_several_active_adapters_are_exported_together(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_only_active_adapters_are_exported(tmp_path: Path) -> None:
+    base, x = linear_net(), torch.randn(4, 6)
+    model = adapted(base, target_modules=["0"])
+    model.add_adapter("second", FloralConfig(num_adaptors=2, r=1, num_clients=3, target_modules=["2"]))
+    randomize(model)
+    expected = model(x)
+    for kind in ("merged", "lora"):
+        export_client(model, tmp_path / kind, 1, kind)
+    assert same(as_plain(base, tmp_path / "merged")(x), expected)
+    assert same(as_lora(base, tmp_path / "lora")(x), expected)
+    assert as_lora(base, tmp_path / "lora").active_peft_config.target_modules == {"0"}
+
+
+@torch.no_grad()
 def test_a_trained_base_goes_along(tmp_path: Path) -> None:
     base, x = linear_net(), torch.randn(4, 6)
     model = adapted(base, train_base=True)
@@ -173,6 +187,7 @@ def test_a_trained_base_goes_along(tmp_path: Path) -> None:
     expected = model(x)
     assert export_client(model, tmp_path / "auto").kind == "merged"
     assert same(as_plain(base, tmp_path / "auto")(x), expected)
+    assert export_client(model, tmp_path / "cut", rank=1).kind == "lora"
     assert export_client(model, tmp_path / "lora", kind="lora").kind == "lora"
     trained = as_plain(base, tmp_path / "lora" / "base_model")
     assert not same(trained(x), expected)
@@ -337,8 +352,9 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(tmp_path: Path) -> N
     model = adapted(linear_net())
     with pytest.raises(ValueError, match="must be one of 'auto', 'merged', 'lora'"):
         export_client(model, tmp_path, kind="whole")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
-        export_client(model, tmp_path, rank=0)
+    for kind, rank in (("auto", 0), ("merged", 2)):
+        with pytest.raises(ValueError, match=r"a LoRA's rank is at least 1.*a merged model has none"):
+            export_client(model, tmp_path, kind=kind, rank=rank)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="out of range"):
         export_client(model, tmp_path, client=7)
     with pytest.raises(ValueError, match="no FLORAL adaptors"):
