@@ -90,7 +90,10 @@ class FederatedArguments:
     precondition: bool = field(default=True, metadata={"help": "Precondition the gradients of the low-rank factors."})
     precondition_epsilon: float | None = field(
         default=None,
-        metadata={"help": "Damping of that: 1e-5 is the paper's. By default it follows the scale of the factors."},
+        metadata={
+            "help": "Damping of that: 1e-5 is the paper's. By default it follows the scale of the factors; with "
+            'router_update="posterior" and SGD it is 1e-5.'
+        },
     )
     router_update: str = field(
         default="gradient",

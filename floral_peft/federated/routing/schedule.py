@@ -24,6 +24,8 @@ PRUNED_EVERY = 1.2
 #: The adaptors' learning rate in units of the base's, and the longest step of any weight or adaptor, as matrices.
 ADAPTOR_RATE = 6.0
 STEP_NORM = 1.0
+#: The damping of preconditioned steps, the paper's: they are bounded anyway.
+DAMPING = 1e-5
 #: The logit of an adaptor that a client is given: drawn for its first visit, or kept through a compression.
 ASSIGNED = 20.0
 #: Over so many participations a client trains without one in so many of its examples, so many at most: by them the
