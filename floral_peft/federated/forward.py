@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,7 +89,29 @@ class Forward:
             ValueError: The batch lacks the labels or a column that the model needs, or there is no loss for it.
         """
         labels = self.labels(batch)
-        prediction = self.predict(self.outputs(batch), labels)
+        return self._discounted(self.outputs(batch), labels, batch)
+
+    def losses_of_parts(self, batch: Batch, sizes: Sequence[int]) -> Tensor:
+        """The mean loss of each part of a batch, (parts,), from one pass where the model's outputs are a tensor.
+
+        Args:
+            batch: The batch.
+            sizes: How many examples each part has, one after the other.
+        """
+        outputs = None if self._returns_loss or type(self) is not Forward else self.outputs(batch)
+        if isinstance(outputs, Tensor):
+            labels = self.labels(batch).split(list(sizes))
+            pairs = zip(outputs.split(list(sizes)), labels, strict=True)
+            return torch.stack([self._discounted(output, label, batch).loss for output, label in pairs])
+        ends = [*accumulate(sizes)]
+        parts = [
+            {name: value if name == LABEL_PRIOR else value[end - size : end] for name, value in batch.items()}
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+        return torch.stack([self(part).loss for part in parts])
+
+    def _discounted(self, outputs: Any, labels: Tensor, batch: Batch) -> Prediction:
+        prediction = self.predict(outputs, labels)
         if LABEL_PRIOR not in batch:
             return prediction
         loss = nn.functional.cross_entropy(prediction.logits + batch[LABEL_PRIOR], labels)

@@ -137,9 +137,31 @@ class Turn:
         """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,)."""
         return self.pure_means(self._loss)
 
-    def pure_losses_of(self, parts: Sequence[Dataset]) -> list[Tensor]:
-        """The same for parts of the client's training examples, none of them empty."""
-        return self._pure_means(self._loss, parts)
+    def pure_losses_of(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The same for parts of the client's training examples, none of them empty.
+
+        Args:
+            parts: The rows of each, int64.
+        """
+        examples, constants = self._examples()
+        size = self.args.per_device_eval_batch_size
+        # Parts that fit into one batch share one pass.
+        shared = [torch.cat(list(parts))] if sum(map(len, parts)) <= size else []
+        batches = shared or [rows for part in parts for rows in part.split(size)]
+        held = [{**examples.batch(rows), **constants} for rows in batches]
+        self._note_labels(held[0])
+        sizes = [len(part) for part in parts]
+        with self._place.accelerator.autocast():
+            if shared:
+                (found,) = self.routers.pure_models.losses(
+                    lambda batch: self.forward.losses_of_parts(batch, sizes), held
+                )
+                return list(found.float().cpu().unbind(dim=1))
+            losses = iter(self.routers.pure_models.losses(lambda batch: self.forward(batch).loss, held))
+        return [
+            torch.stack([next(losses).float().cpu() * (len(rows) / len(part)) for rows in part.split(size)]).sum(dim=0)
+            for part in parts
+        ]
 
     def pure_means(self, function: Callable[[Batch], Tensor]) -> Tensor:
         """The mean over training examples of a function that runs the model, for each adaptor alone, float32, (C,).
@@ -147,40 +169,41 @@ class Turn:
         Args:
             function: Batch → its mean over the batch, a scalar.
         """
-        return self._pure_means(function, [self.dataset])[0]
-
-    def _pure_means(self, function: Callable[[Batch], Tensor], parts: Sequence[Dataset]) -> list[Tensor]:
-        batches = [(part, *item) for part, dataset in enumerate(parts) for item in self._batches(dataset)]
+        counts, batches = zip(*self._batches(), strict=True)
         with self._place.accelerator.autocast():
-            means = self.routers.pure_models.losses(function, [batch for _, _, batch in batches])
-        totals = [torch.zeros(self.routers.shape[-1]) for _ in parts]
-        for (part, count, _), mean in zip(batches, means, strict=True):
-            totals[part] += mean.float().cpu() * (count / len(parts[part]))
-        return totals
+            means = self.routers.pure_models.losses(function, batches)
+        weighted = [mean.float() * count for mean, count in zip(means, counts, strict=True)]
+        return torch.stack(weighted).sum(dim=0).cpu() / self.num_examples
 
     def _loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.forward(batch).loss
+        return loss
+
+    def _note_labels(self, batch: Batch) -> None:
         labels = batch.get(LABELS)
         if isinstance(labels, Tensor) and labels.is_floating_point():
             self.real_labels = labels[0].numel()
-        loss: Tensor = self.forward(batch).loss
-        return loss
 
     def has(self, column: str) -> bool:
         """Whether batches of the client's examples have a column."""
         return column in next(self._batches())[1]
 
-    def _batches(self, dataset: Dataset | None = None) -> Iterator[tuple[int, Batch]]:
-        """Training examples of the client, all by default, for a model that holds its tensors: sizes and batches."""
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        """The client's training examples in order, for a model that holds the client's tensors: sizes and batches."""
+        examples, constants = self._examples()
+        batches = examples.batches(ordered_batches(len(examples), self.args.per_device_eval_batch_size))
+        return ((count, {**batch, **constants}) for count, batch in batches)
+
+    def _examples(self) -> tuple[Examples, Batch]:
+        """The client's training examples, for a model that holds its tensors, and what batches hold beside them."""
         place, args = self._place, self._place.args
         device = place.accelerator.device
         # A dataset's transform may draw from the global generators.
         seed_generators(derive_seed(args.seed, "relearn", self.round, self.client_id), device)
         place.visitor.load(self.private, self._state)
         place.model.eval()
-        examples = Examples(self.dataset if dataset is None else dataset, place.collator, device)
-        constants = place.forward.constants(self.dataset, examples)
-        batches = examples.batches(ordered_batches(len(examples), args.per_device_eval_batch_size))
-        return ((count, {**batch, **constants}) for count, batch in batches)
+        examples = Examples(self.dataset, place.collator, device)
+        return examples, place.forward.constants(self.dataset, examples)
 
     @contextmanager
     def trained(self, epochs: int) -> Iterator[None]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from floral_peft.federated.arguments import FederatedArguments
@@ -117,11 +115,11 @@ class Posterior(RouterUpdate):
         if not turn.num_examples:
             return Arrived(turn.private)
         routers, done = turn.routers, turn.round * self.sampled  # in participations
-        held_out, others = None, turn.dataset
+        held_out, others = torch.arange(0), torch.arange(turn.num_examples)
         if turn.training and done < schedule.HELD_OUT:
-            held_out, others = hold_out(turn.dataset, derive_seed(self.args.seed, "held out", turn.client_id))
+            held_out, others = hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
         looked_at = self._some(others, turn)
-        *unseen, losses = turn.pure_losses_of([looked_at] if held_out is None else [held_out, looked_at])
+        *unseen, losses = turn.pure_losses_of([held_out, looked_at] if len(held_out) else [looked_at])
         losses = as_log_likelihoods(losses, turn)
         before = turn.private[routers.name]  # (1, L, C)
         chosen = _chooses(before)
@@ -144,16 +142,16 @@ class Posterior(RouterUpdate):
             "losses": torch.outer(mixture, told.double()),
             "switches": torch.tensor([float(chosen and _best(before) != _best(kept))], dtype=torch.float64),
         }
-        trains_on = None if held_out is None else others
+        trains_on = Viewed(turn.dataset).view(others.numpy()) if len(held_out) else None
         return Arrived(turn.with_logits(working), {routers.name: kept}, sums, trains_on)
 
-    def _some(self, dataset: Dataset, turn: Turn) -> Dataset:
+    def _some(self, rows: Tensor, turn: Turn) -> Tensor:
         """So many examples as losses are looked at on, other ones each round."""
-        if len(dataset) <= schedule.EVIDENCE_EXAMPLES:
-            return dataset
-        rng = np.random.default_rng(derive_seed(self.args.seed, "evidence", turn.round, turn.client_id))
-        rows = rng.choice(len(dataset), schedule.EVIDENCE_EXAMPLES, replace=False)
-        return Viewed(dataset).view(np.sort(rows))
+        if len(rows) <= schedule.EVIDENCE_EXAMPLES:
+            return rows
+        seed = derive_seed(self.args.seed, "evidence", turn.round, turn.client_id)
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        return rows[drawn[: schedule.EVIDENCE_EXAMPLES]].sort().values
 
     def _given(self, like: Tensor, adaptor: int, turn: Turn) -> Tensor:
         """A router that is all but one-hot."""
@@ -176,25 +174,22 @@ def as_log_likelihoods(losses: Tensor, turn: Turn) -> Tensor:
     return losses if turn.real_labels is None else turn.real_labels / 2 * losses.clamp(min=1e-12).log()
 
 
-def hold_out(dataset: Dataset, seed: int) -> tuple[Dataset | None, Dataset]:
-    """The examples of a client that it does not train on for a while, and the others.
+def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Which of a client's examples it does not train on for a while, and the others.
 
     On examples that an adaptor has memorised it beats its duplicates; on others it does not, so that they can be told.
     The client does not choose by them either, or its choice would look better to the server than it is.
 
     Args:
-        dataset: The client's training examples.
+        count: How many training examples it has.
         seed: Of the draw, the same in all rounds.
 
     Returns:
-        None and all of them where there are too few.
+        The rows of both, ascending; none are held out where there are too few.
     """
-    count = max(1, min(len(dataset) // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
-    if len(dataset) < 3:
-        return None, dataset
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    viewed = Viewed(dataset)
-    return viewed.view(np.sort(order[:count])), viewed.view(np.sort(order[count:]))
+    held = 0 if count < 3 else max(1, min(count // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[:held].sort().values, order[held:].sort().values
 
 
 def _chooses(logits: Tensor) -> bool:

@@ -1,0 +1,111 @@
+"""What a round costs by the way in which clients find their routers.
+
+    python benchmarks/routers.py [--task digits ...] [--data FOLDER] [--adaptors 8] [--r 16] [--repeats 5]
+
+Each task is trained for a few rounds by "gradient", "mirror" and "posterior", one after the other and over again, at
+the same number of adaptors, rank, clients and loop; nothing is removed or compressed. Told are the medians of the
+process's CPU time of a round, which other processes disturb less than the wall clock, and their ratios to "gradient".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from floral_peft import FederatedArguments, FederatedTrainer, FloralConfig
+from floral_peft.federated import get_method
+from floral_peft.tasks import get_task
+
+
+UPDATES = ("gradient", "mirror", "posterior")
+
+
+def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) -> float:
+    """CPU seconds of a round, the first one left out."""
+    task = get_task(task_name).with_data(given.data if get_task(task_name).data else None)
+    settings = {
+        **task.settings,
+        "num_adaptors": given.adaptors,
+        "r": given.r,
+        "budget": None,
+        "eval_steps": None,
+        "rounds": given.rounds + 1,
+        "router_update": update,
+        "prune_adaptors": False,
+        "cohort": given.cohort,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    if update != "posterior" and given.clip:
+        settings["max_step_norm"] = 1.0
+    known = {field.name for field in fields(FederatedArguments)}
+    adaptors = FloralConfig(**{name: value for name, value in settings.items() if name not in known})
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = {name: value for name, value in settings.items() if name in known}
+        args = FederatedArguments(output_dir=folder, use_cpu=True, **chosen)
+        method = get_method("floral")
+        model = task.model_for(method, adaptors, args.seed)
+        clock = Clock()
+        trainer = FederatedTrainer(
+            model, args, task.clients(args.seed), method, loss_fn=task.loss_fn, callbacks=[clock]
+        )
+        trainer.train()
+    return statistics.median(clock.seconds[1:])
+
+
+class Clock(TrainerCallback):
+    """CPU time of each round."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A round begins."""
+        self._began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A round has ended."""
+        self.seconds.append(time.process_time() - self._began)
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", default=["digits"])
+    parser.add_argument("--data")
+    parser.add_argument("--adaptors", type=int, default=8)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cohort", default="loop")
+    parser.add_argument("--clip", action="store_true", help="clip the steps of all of them, as the posterior does")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for task in given.task:
+        times: dict[str, list[float]] = {update: [] for update in UPDATES}
+        for _ in range(given.repeats):
+            for update in UPDATES:
+                times[update].append(seconds_per_round(task, update, given))
+        medians = {update: statistics.median(values) for update, values in times.items()}
+        ratios = {
+            update: statistics.median(a / b for a, b in zip(values, times["gradient"], strict=True))
+            for update, values in times.items()
+        }
+        found[task] = {"seconds": medians, "ratio": ratios}
+        print(task, json.dumps(found[task]), flush=True)
+    settings = {name: value for name, value in vars(given).items() if name not in ("data",)}
+    print(json.dumps({"settings": settings, "tasks": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
