@@ -120,7 +120,7 @@ class FederatedArguments:
         default=None,
         metadata={
             "help": 'With router_update="posterior", adaptors have at least this rank while clients look for theirs, '
-            "by their 20th participation or half the run. Then they are compressed to what FloralConfig says."
+            "by their 30th participation or half the run. Then they are compressed to what FloralConfig says."
         },
     )
     prune_adaptors: bool = field(

@@ -58,9 +58,9 @@ def test_adaptors_are_compressed_half_way_and_the_records_say_what_is_lost(tmp_p
     assert len(set(sent)) == 2 and sent[3] < sent[2]
 
 
-def test_a_long_run_compresses_at_the_twentieth_participation() -> None:
-    assert schedule.searched_rounds(sampled=0.1, rounds=1500) == 200
-    assert schedule.searched_rounds(sampled=1.0, rounds=60) == 20
+def test_a_long_run_compresses_at_the_thirtieth_participation() -> None:
+    assert schedule.searched_rounds(sampled=0.1, rounds=1500) == 300
+    assert schedule.searched_rounds(sampled=1.0, rounds=60) == 30
     assert schedule.searched_rounds(sampled=0.1, rounds=100) == 50
 
 

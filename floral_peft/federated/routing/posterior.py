@@ -94,7 +94,7 @@ class Posterior(RouterUpdate):
         return self.args.search_r
 
     def searched(self, round: int) -> bool:
-        """When clients do not hold examples out any more."""
+        """Once clients have had the time to find their adaptors."""
         return round >= schedule.searched_rounds(self.sampled, self.args.rounds)
 
     def compressed(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
@@ -127,7 +127,9 @@ class Posterior(RouterUpdate):
             before = self._given(
                 before, derive_seed(self.args.seed, "adaptor", turn.client_id) % before.shape[-1], turn
             )
-        kept = routers.less(schedule.CLIENT_MEMORY * before, len(others) * losses)
+        early = turn.training and done < schedule.BALANCED
+        count = min(len(others), schedule.EARLY_EXAMPLES) if early else len(others)
+        kept = routers.less(schedule.CLIENT_MEMORY * before, count * losses)
         kept = kept - kept.amax(dim=-1, keepdim=True)
         if "settled until" in turn.memory and turn.round < float(turn.memory["settled until"]):
             kept = self._given(kept, _best(before if chosen else kept), turn)

@@ -15,11 +15,13 @@ CLIENT_MEMORY = 0.2
 SERVER_MEMORY = 2.0
 #: How strongly the adaptors' users are kept even in the first round.
 BALANCE = 3.0
-#: Over so many participations that fades away.
-BALANCED = 10.0
+#: Over so many participations that fades away,
+BALANCED = 20.0
+#: and meanwhile a client's losses count as those of so many examples at most: the balance must be able to move it.
+EARLY_EXAMPLES = 10
 #: After so many participations adaptors are looked at for the first time, whether any of them can go, and then again
 #: after so many.
-PRUNED_FROM = 7.5
+PRUNED_FROM = 15.0
 PRUNED_EVERY = 1.2
 #: The adaptors' learning rate in units of the base's, and the longest step of any weight or adaptor, as matrices.
 ADAPTOR_RATE = 6.0
@@ -30,9 +32,11 @@ DAMPING = 1e-5
 ASSIGNED = 20.0
 #: Over so many participations a client trains without one in so many of its examples, so many at most: by them the
 #: server tells duplicates.
-HELD_OUT = 20.0
+HELD_OUT = 30.0
 HELD_OUT_SHARE = 10
 HELD_OUT_EXAMPLES = 10
+#: After so many participations adaptors of `search_r` are compressed, if half of the run is not over before.
+SEARCHED = 30.0
 #: After a compression clients stay with their best adaptor for so many participations, until it is itself again.
 SETTLED = 10.0
 #: Losses are looked at on so many of a client's examples at most.
@@ -60,7 +64,7 @@ def searched_rounds(sampled: float, rounds: int) -> float:
         sampled: The share of the clients that take part in a round.
         rounds: The rounds of the run.
     """
-    return min(HELD_OUT / sampled, rounds / 2)
+    return min(SEARCHED / sampled, rounds / 2)
 
 
 def pruning_due(round: int, sampled: float) -> bool:
