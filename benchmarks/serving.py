@@ -244,7 +244,11 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     rng = random.Random(0)  # noqa: S311 (an order, not a secret)
-    results = []
+    machine = {"torch": torch.__version__, "peft": peft.__version__, "machine": platform.machine()}
+    setting = {"device": options.device, "dtype": options.dtype, "threads": options.threads}
+    setting |= {"num_adaptors": options.c, "r": options.r, "tokens": options.tokens}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
     for name, unit, per_request, served in cases(options, getattr(torch, options.dtype)):
         print(
             f"\n{name}: " + ", ".join(f"{what} {size / 1e6:.3g} MB" for what, size in served.held.items()), flush=True
@@ -255,12 +259,8 @@ def main() -> None:
             row = measure(served, batch, options, rng)
             show(row, unit, per_request)
             results.append({"case": name, "unit": unit, "units_per_request": per_request, "bytes": served.held} | row)
+            options.out.write_text(json.dumps({"machine": machine, **setting, "results": results}, indent=1) + "\n")
         del served
-    machine = {"torch": torch.__version__, "peft": peft.__version__, "machine": platform.machine()}
-    setting = {"device": options.device, "dtype": options.dtype, "threads": options.threads}
-    setting |= {"num_adaptors": options.c, "r": options.r}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine, **setting, "results": results}, indent=1) + "\n")
     print(f"\nwritten to {options.out}")
 
 
