@@ -33,6 +33,27 @@ def without_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradie
     return run
 
 
+def stacked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, beta: Tensor | None, w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `StackedLinear` computes, (..., out), and the first factors' products with the rows of x, (rows, C·r)."""
+    rows, first, second = x.flatten(0, -2), a.flatten(0, 1), b.flatten(1)
+    hidden = rows.mm(first.T)
+    scaled = _scaled(hidden, w, a.shape[1])
+    if w.dim() == 1:
+        shift = mixed_shift(bias, beta, w)
+    elif beta is not None and len(rows) == len(w):
+        shift = w.mm(beta) if bias is None else torch.addmm(bias, w, beta)  # each row's own
+    else:
+        shift = bias
+        if beta is not None:  # each example's own: C more terms of the product
+            scaled = torch.cat([scaled, w.repeat_interleave(len(rows) // len(w), 0)], 1)
+            second = torch.cat([second, beta.T], 1)
+    result = rows.mm(weight.T) if shift is None else torch.addmm(shift, rows, weight.T)
+    result.addmm_(scaled, second.T)
+    return (result if x.dim() == 2 else result.view(*x.shape[:-1], len(weight))), hidden
+
+
 class StackedLinear(torch.autograd.Function):
     """`x Wᵀ + b + Σ_c w_c ((x A_cᵀ) B_cᵀ + β_c)`, with w_c = s·π_c: the adaptors beside the weight.
 
@@ -48,24 +69,11 @@ class StackedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, beta: Tensor | None, w: Tensor
     ) -> Tensor:
         """Returns (..., out)."""
-        rows, first, second = x.flatten(0, -2), a.flatten(0, 1), b.flatten(1)
-        hidden = rows.mm(first.T)
-        scaled = _scaled(hidden, w, a.shape[1])
-        if w.dim() == 1:
-            shift = mixed_shift(bias, beta, w)
-        elif beta is not None and len(rows) == len(w):
-            shift = w.mm(beta) if bias is None else torch.addmm(bias, w, beta)  # each row's own
-        else:
-            shift = bias
-            if beta is not None:  # each example's own: C more terms of the product
-                scaled = torch.cat([scaled, w.repeat_interleave(len(rows) // len(w), 0)], 1)
-                second = torch.cat([second, beta.T], 1)
-        result = rows.mm(weight.T) if shift is None else torch.addmm(shift, rows, weight.T)
-        result.addmm_(scaled, second.T)
+        result, hidden = stacked_linear(x, weight, bias, a, b, beta, w)
         # the hidden numbers are made again where they would be many beside the input
-        kept = hidden if 10 * len(first) <= rows.shape[1] else None
+        kept = hidden if 10 * hidden.shape[1] <= x.shape[-1] else None
         ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, a, b, beta, w, kept)
-        return result if x.dim() == 2 else result.view(*x.shape[:-1], len(weight))
+        return result
 
     @staticmethod
     @without_autocast

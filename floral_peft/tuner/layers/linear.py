@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from floral_peft.tuner.compute import Factors, linear_delta, per_example
 from floral_peft.tuner.config import FloralConfig
-from floral_peft.tuner.fused import MergedLinear, StackedLinear, fits
+from floral_peft.tuner.fused import MergedLinear, StackedLinear, fits, stacked_linear
 from floral_peft.tuner.layers.factored import FactoredLayer, Geometry
 from floral_peft.tuner.router import Router
 
@@ -45,10 +45,11 @@ class Linear(FactoredLayer):
         if compute == "auto" and examples == 1:
             stacked, merged = _costs(x, self.out_features, inputs[2], trained=inputs[0].requires_grad)
             compute = "merged" if merged < stacked else "stacked"
-        operation = MergedLinear if compute == "merged" and examples == 1 else StackedLinear
         if self.fan_in_fan_out:
-            return operation.apply(x, inputs[0].T, *inputs[1:])
-        return operation.apply(x, *inputs)
+            inputs = (inputs[0].T, *inputs[1:])
+        if compute == "merged" and examples == 1:
+            return MergedLinear.apply(x, *inputs)
+        return StackedLinear.apply(x, *inputs) if is_grad_enabled() else stacked_linear(x, *inputs)[0]
 
     @override
     def add(self, x: Tensor, result: Tensor, factors: Factors, mixture: Tensor) -> Tensor:
