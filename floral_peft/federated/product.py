@@ -29,8 +29,10 @@ class ProductMean(WeightedMean):
 
     The means of B and of A have another product than the mean of B A: the further clients go in a round, the more so.
     Here the clients' factors are stacked into one long pair, of which QR and the decomposition of a small core make
-    factors of rank r again, the singular values split evenly; no matrix of a layer's size is made. Everything else is
-    averaged as ever.
+    factors of rank r again; no matrix of a layer's size is made. Everything else is averaged as ever.
+
+    The singular values are split evenly, and this matters more than the averaging: where B has just left zero, factors
+    of one length learn several times as fast as a B that is confined to the random rows of a long A.
 
     Two prices: the server sees each client's factors, which no sum can hide (secure aggregation cannot carry them),
     and it holds them all until the round ends: cohort × the adaptors' size. Clients are taken in the order of the
