@@ -32,7 +32,7 @@ class ProductMean(WeightedMean):
     factors of rank r again; no matrix of a layer's size is made. Everything else is averaged as ever.
 
     The singular values are split evenly, and this matters more than the averaging: where B has just left zero, factors
-    of one length learn several times as fast as a B that is confined to the random rows of a long A.
+    of one length learn much faster than a B that is confined to the random rows of a long A.
 
     Two prices: the server sees each client's factors, which no sum can hide (secure aggregation cannot carry them),
     and it holds them all until the round ends: cohort × the adaptors' size. Clients are taken in the order of the
