@@ -137,10 +137,8 @@ def test_the_papers_figure_is_for_its_own_settings_only(tmp_path: Path) -> None:
         (0.913, 0.006)
     )
     assert figure("floral+budget=0.01+num_adaptors=x0.5", "cifar10-label-shift", budget=0.01) == (0.363, None)
-    assert figure("floral+budget=0.01+exclude_modules=conv.*", "cifar10-rotate", budget=0.01) == (
-        pytest.approx(0.676),
-        None,
-    )
+    without = figure("floral+budget=0.01+exclude_modules=conv.*", "cifar10-rotate", budget=0.01)
+    assert without is not None and without[0] == pytest.approx(0.676) and without[1] is None
     assert figure("fedavg", "digits") is None
 
 
