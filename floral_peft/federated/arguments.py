@@ -96,7 +96,7 @@ class FederatedArguments:
         },
     )
     router_update: str = field(
-        default="gradient",
+        default="posterior",
         metadata={
             "help": 'How clients find their routers: local steps train them ("gradient", "mirror"), or they are the '
             'posterior over the adaptors given the client\'s examples ("posterior").'

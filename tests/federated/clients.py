@@ -65,6 +65,7 @@ def arguments(folder: Path, **settings: Any) -> FederatedArguments:
         "per_device_train_batch_size": 4,
         "disable_tqdm": True,
         "use_cpu": True,
+        "router_update": "gradient",  # where local steps train every parameter, a test can say what becomes of each
     }
     return FederatedArguments(output_dir=str(folder), **(defaults | settings))
 
