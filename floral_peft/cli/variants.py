@@ -10,7 +10,10 @@ from floral_peft.federated import method_names
 from floral_peft.nearest import did_you_mean
 
 
-_FLORAL = "floral+budget=0.01"
+# The authors' router, and their damping of preconditioned steps.
+_FLORAL = "floral+budget=0.01+precondition_epsilon=1e-5"
+_FLORAL_10 = "floral+budget=0.1+precondition_epsilon=1e-5"
+_LEARNED = "+router_update=gradient"
 
 #: Names for several variants at once.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -19,22 +22,22 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "local_adaptor",
         "ensemble",
         "ensemble+optimal_routing",
-        _FLORAL,
+        f"{_FLORAL}{_LEARNED}",
         f"{_FLORAL}+optimal_routing",
-        "floral+budget=0.1",
-        "floral+budget=0.1+optimal_routing",
+        f"{_FLORAL_10}{_LEARNED}",
+        f"{_FLORAL_10}+optimal_routing",
     ),
     "ablations": (
         "fedavg",
-        _FLORAL,
-        "floral+budget=0.1",
-        f"{_FLORAL}+conv_split=balanced",
-        f"{_FLORAL}+conv_split=in",
-        f"{_FLORAL}+conv_split=out",
-        f"{_FLORAL}+exclude_modules=conv.*",
-        f"{_FLORAL}+num_adaptors=x0.5",
-        f"{_FLORAL}+num_adaptors=x2",
-        f"{_FLORAL}+adapt_bias=false",
+        f"{_FLORAL}{_LEARNED}",
+        f"{_FLORAL_10}{_LEARNED}",
+        f"{_FLORAL}{_LEARNED}+conv_split=balanced",
+        f"{_FLORAL}{_LEARNED}+conv_split=in",
+        f"{_FLORAL}{_LEARNED}+conv_split=out",
+        f"{_FLORAL}{_LEARNED}+exclude_modules=conv.*",
+        f"{_FLORAL}{_LEARNED}+num_adaptors=x0.5",
+        f"{_FLORAL}{_LEARNED}+num_adaptors=x2",
+        f"{_FLORAL}{_LEARNED}+adapt_bias=false",
     ),
 }
 

@@ -40,7 +40,8 @@ _TABLE_1 = {
     ("floral", True, 0.1): "94.5 .6|94.2 .2|87.0 .7|86.9 .5|69.3 .5|72.1 .5|47.2 .3|42.7 .3|86.6 .5|53.9 .9",
 }  # fmt: skip
 # With these in its label, a row is still one of the table's.
-_OF_THE_PAPER = {"budget", "optimal_routing", "router_update", "precondition_epsilon"}
+_ITS_OWN = {"router_update", "precondition_epsilon"}
+_OF_THE_PAPER = {"budget", "optimal_routing", *_ITS_OWN}
 # The ablations, without deviations: a label → mean on these tasks. Its CIFAR-100 is not Table 1's, and is left out.
 _ABLATION_TASKS = ("cifar10-rotate", "cifar10-label-shift")
 _ABLATIONS = {
@@ -59,8 +60,9 @@ def paper_figure(run: Run, label: str) -> Figure | None:
         run: The run; a row of Table 1 is known by its method, its budget and whether its routers are the true ones.
         label: Its label, by which a row of the ablations is known.
     """
-    if label in _ABLATIONS:
-        means = dict(zip(_ABLATION_TASKS, _ABLATIONS[label], strict=True))
+    of_ablations = "+".join(part for part in label.split("+") if part.partition("=")[0] not in _ITS_OWN)
+    if of_ablations in _ABLATIONS:
+        means = dict(zip(_ABLATION_TASKS, _ABLATIONS[of_ablations], strict=True))
         return Figure(means[run.task] / 100, None) if run.task in means else None
     method, optimal = run.method, bool(run.settings.get("optimal_routing"))
     # Label settings of other names make another method of it.
