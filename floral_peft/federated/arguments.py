@@ -98,7 +98,7 @@ class FederatedArguments:
     router_update: str = field(
         default="posterior",
         metadata={
-            "help": 'How clients find their routers: they are the posterior over the adaptors given the client\'s '
+            "help": "How clients find their routers: they are the posterior over the adaptors given the client's "
             'examples ("posterior"), or local steps train them ("gradient", the paper\'s; "mirror"). The posterior '
             "wants up to four times as many adaptors as there may be clusters."
         },
