@@ -87,10 +87,17 @@ def test_one_stays_whatever_happens_and_at_most_a_quarter_goes_as_dispensable() 
     assert prune(torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)) == []
 
 
-@pytest.mark.parametrize(("sampled", "first", "second"), [(0.1, 150, 162), (1.0, 15, 17)])
-def test_adaptors_are_looked_at_by_participations(sampled: float, first: int, second: int) -> None:
-    due = [round for round in range(1, 1000) if schedule.pruning_due(round, sampled)]
+@pytest.mark.parametrize(("pace", "first", "second"), [(0.1, 150, 162), (1.0, 15, 17)])
+def test_adaptors_are_looked_at_by_participations(pace: float, first: int, second: int) -> None:
+    due = [round for round in range(1, 1000) if schedule.pruning_due(round, pace)]
     assert due[:2] == [first, second]
+
+
+def test_a_run_of_few_participations_goes_through_the_same_stages_sooner() -> None:
+    assert schedule.pace(sampled=0.1, rounds=1500) == 0.1  # 150 participations: by participations
+    assert schedule.pace(sampled=0.1, rounds=300) == 0.2  # 30: by shares of the run
+    assert schedule.pace(sampled=0.1, rounds=20) == 1.0  # a round counts for no more than one
+    assert schedule.pace(sampled=1.0, rounds=60) == 1.0
 
 
 # They are gone

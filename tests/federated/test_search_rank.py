@@ -59,9 +59,9 @@ def test_adaptors_are_compressed_half_way_and_the_records_say_what_is_lost(tmp_p
 
 
 def test_a_long_run_compresses_at_the_thirtieth_participation() -> None:
-    assert schedule.searched_rounds(sampled=0.1, rounds=1500) == 300
-    assert schedule.searched_rounds(sampled=1.0, rounds=60) == 30
-    assert schedule.searched_rounds(sampled=0.1, rounds=100) == 50
+    assert schedule.searched_rounds(pace=0.1, rounds=1500) == 300
+    assert schedule.searched_rounds(pace=1.0, rounds=60) == 30
+    assert schedule.searched_rounds(pace=0.1, rounds=100) == 50
 
 
 def test_clients_stay_with_their_adaptor_after_a_compression(tmp_path: Path) -> None:

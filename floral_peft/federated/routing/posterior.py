@@ -80,12 +80,12 @@ class Posterior(RouterUpdate):
 
     def absorb(self, memory: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """U ← δ U + Σ_k π_k and N ← δ N + Σ_k π_kᵀ f_k."""
-        decay = schedule.server_decay(self.sampled)
+        decay = schedule.server_decay(self._pace)
         return {**memory, **{name: decay * memory[name] + sums[name] for name in ("usage", "losses")}}
 
     def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
         """Dead and dispensable adaptors, by U and N, from time to time."""
-        if not self.args.prune_adaptors or not schedule.pruning_due(round, self.sampled):
+        if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
         return prune(memory["usage"], memory["losses"])
 
@@ -95,11 +95,11 @@ class Posterior(RouterUpdate):
 
     def searched(self, round: int) -> bool:
         """Once clients have had the time to find their adaptors."""
-        return round >= schedule.searched_rounds(self.sampled, self.args.rounds)
+        return round >= schedule.searched_rounds(self._pace, self.args.rounds)
 
     def compressed(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
         """Clients stay with their adaptors for a while."""
-        until = torch.tensor([round + schedule.SETTLED / self.sampled], dtype=torch.float64)
+        until = torch.tensor([round + schedule.SETTLED / self._pace], dtype=torch.float64)
         return {**memory, "settled until": until}
 
     def regrets(self, memory: Mapping[str, Tensor]) -> Tensor:
@@ -111,10 +111,14 @@ class Posterior(RouterUpdate):
         chosen = torch.tensor(kept)
         return {**memory, "usage": memory["usage"][chosen], "losses": memory["losses"][chosen][:, chosen]}
 
+    @property
+    def _pace(self) -> float:
+        return schedule.pace(self.sampled, self.args.rounds)
+
     def _arrive(self, turn: Turn) -> Arrived:
         if not turn.num_examples:
             return Arrived(turn.private)
-        routers, done = turn.routers, turn.round * self.sampled  # in participations
+        routers, done = turn.routers, turn.round * self._pace  # in participations
         held_out, others = torch.arange(0), torch.arange(turn.num_examples)
         if turn.training and done < schedule.HELD_OUT:
             held_out, others = hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 
+#: In a run of fewer participations everything is sooner.
+WHOLE = 60.0
 #: γ: how much of a client's logits is left at its next participation. Old evidence is of adaptors that have moved.
 CLIENT_MEMORY = 0.2
 #: After so many participations the server's sums U and N have lost all but 1/e of what was in them.
@@ -43,36 +45,44 @@ SETTLED = 10.0
 EVIDENCE_EXAMPLES = 256
 
 
-def server_decay(sampled: float) -> float:
-    """δ: what a round leaves of the server's sums.
+def pace(sampled: float, rounds: int) -> float:
+    """How much time passes in a round: a participation of the average client, or the 60th part of a shorter run.
 
-    Args:
-        sampled: The share of the clients that take part in a round.
-    """
-    return math.exp(-sampled / SERVER_MEMORY)
-
-
-def balanced_rounds(sampled: float) -> float:
-    """Over how many rounds the balance fades away."""
-    return BALANCED / sampled
-
-
-def searched_rounds(sampled: float, rounds: int) -> float:
-    """After how many rounds adaptors of `search_r` are compressed.
+    A run that gives a client fewer than [`WHOLE`] participations goes through the same stages, in the same shares of
+    its rounds. Adaptors take rounds to part, however many clients are in each: none counts for more than one.
 
     Args:
         sampled: The share of the clients that take part in a round.
         rounds: The rounds of the run.
     """
-    return min(SEARCHED / sampled, rounds / 2)
+    return max(sampled, min(1.0, WHOLE / rounds))
 
 
-def pruning_due(round: int, sampled: float) -> bool:
+def server_decay(pace: float) -> float:
+    """δ: what a round leaves of the server's sums.
+
+    Args:
+        pace: See [`pace`].
+    """
+    return math.exp(-pace / SERVER_MEMORY)
+
+
+def searched_rounds(pace: float, rounds: int) -> float:
+    """After how many rounds adaptors of `search_r` are compressed.
+
+    Args:
+        pace: See [`pace`].
+        rounds: The rounds of the run.
+    """
+    return min(SEARCHED / pace, rounds / 2)
+
+
+def pruning_due(round: int, pace: float) -> bool:
     """Whether adaptors are looked at after a round.
 
     Args:
         round: The round, from 1.
-        sampled: The share of the clients that take part in a round.
+        pace: See [`pace`].
     """
-    events = [math.floor((t * sampled - PRUNED_FROM) / PRUNED_EVERY + 1e-9) for t in (round - 1, round)]
+    events = [math.floor((t * pace - PRUNED_FROM) / PRUNED_EVERY + 1e-9) for t in (round - 1, round)]
     return 0 <= events[1] > events[0]
