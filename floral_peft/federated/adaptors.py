@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
-from floral_peft.federated.groups import tensors_of
+from floral_peft.federated.groups import ParameterGroups, tensors_of
+from floral_peft.federated.processes import Processes
 from floral_peft.federated.routers import Routers
+from floral_peft.federated.routing import RouterUpdate, told
 from floral_peft.federated.routing.numbering import numbered, renumbered
 from floral_peft.federated.server import PrivateState, ServerState
+from floral_peft.federated.server_adaptors import after_compression, without_adaptors
+from floral_peft.federated.visitor import Visitor
 from floral_peft.tuner import FloralModel, Ranks
 
 
@@ -21,16 +25,36 @@ class Adaptors:
     Args:
         model: The model.
         routers: Its routers, if it has any.
-        search_rank: The least rank of adaptors that are wide.
-        seed: Of what is drawn for them.
+        visitor: Sets its tensors.
+        groups: Which of them are shared, clustered, private.
+        update: How clients find their routers: it says which adaptors go, and when.
+        processes: Those that share the run.
+        seed: Of what is drawn for adaptors.
+
+    Attributes:
+        untrained: The private tensors of a client that has not trained, but for its own router.
     """
 
-    def __init__(self, model: Any, routers: Routers | None, search_rank: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        routers: Routers | None,
+        visitor: Visitor,
+        groups: ParameterGroups,
+        update: RouterUpdate,
+        processes: Processes,
+        seed: int,
+    ) -> None:
         self._model = model
         self._routers = routers
-        self._search_rank = search_rank
+        self._visitor = visitor
+        self._groups = groups
+        self._update = update
+        self._processes = processes
         self._seed = seed
         self._ranks: Ranks | None = None  # those to come back to, of wide adaptors
+        self.untrained: PrivateState = {}
+        self._refresh()
         self.restart()
 
     @property
@@ -48,23 +72,23 @@ class Adaptors:
             self._top_k = self._model.active_peft_config.router_top_k
         self.alive = tuple(range(self.count))
 
-    def fit(self, alive: Sequence[int], wide: bool) -> bool:
-        """Make the model one of these adaptors. Where it had others meanwhile, their values are still to be loaded.
+    def fit(self, alive: Sequence[int], wide: bool) -> None:
+        """Make the model one of these adaptors; between visits, when it holds no client's tensors.
+
+        Where it had others meanwhile, their values are still to be loaded.
 
         Args:
             alive: Their first numbers.
             wide: Whether they have the rank of the search.
-
-        Returns:
-            Whether anything has changed: the model has new parameters then.
         """
         if self._routers is None or (tuple(alive), wide) == (self.alive, self.wide):
-            return False
+            return
         inside = _floral(self._model)
-        if wide and self._search_rank is not None and self._ranks is None:
-            self._ranks = inside.widen(self._search_rank, self._seed)
+        rank = self._update.search_rank()
+        if wide and rank is not None and self._ranks is None:
+            self._ranks = inside.widen(rank, self._seed)
         elif not wide:
-            self.compress()
+            self._compress()
         if not set(alive) <= set(self.alive):
             inside.make_room(self.count, self._top_k)
             self._routers.show(range(self.count))
@@ -74,9 +98,44 @@ class Adaptors:
             inside.keep_adaptors(kept)
         self.alive = tuple(alive)
         self._routers.show(self.alive)
-        return True
+        self._refresh()
 
-    def compress(self, weights: torch.Tensor | None = None) -> dict[str, float]:
+    def after_round(self, server: ServerState) -> tuple[ServerState, dict[str, Any]]:
+        """Remove the adaptors that are to go after a round, and compress those that are to be.
+
+        Args:
+            server: The server's state, which the model holds.
+
+        Returns:
+            The state, which the model then holds; and what a round's report says of it, nothing if nothing happened.
+        """
+        found: dict[str, Any] = {}
+        if drops := self._update.prune(server.routing, server.round):
+            found["pruned"] = told(drops, server.adaptors)
+            server = self._without(server, [drop.adaptor for drop in drops])
+        if server.wide and self._update.searched(server.round):
+            server, found["lost"] = self._compressed(server)
+        return server, found
+
+    def _without(self, server: ServerState, dropped: Sequence[int]) -> ServerState:
+        """The server's state without some adaptors, which then are gone from the model, too."""
+        kept = [number for number in range(len(server.adaptors)) if number not in dropped]
+        axes = {name: cluster.axis for name, cluster in self._groups.clustered.items()}
+        server = without_adaptors(server, kept, axes)
+        self.fit(server.adaptors, server.wide)
+        self._visitor.load(self.untrained, server)
+        return replace(server, routing=self._update.keep(server.routing, kept))
+
+    def _compressed(self, server: ServerState) -> tuple[ServerState, dict[str, float]]:
+        """The server's state, which the model holds, with adaptors of the rank that they are to have; what is lost."""
+        lost = self._compress(server.routing.get("usage"))
+        self._processes.copy_from_main(tensors_of(self._model).values())
+        server = after_compression(server, self._model)
+        self._refresh()
+        self._visitor.load(self.untrained, server)
+        return replace(server, routing=self._update.compressed(server.routing, server.round)), lost
+
+    def _compress(self, weights: torch.Tensor | None = None) -> dict[str, float]:
         """Bring wide adaptors back to their rank. Layer → what is lost.
 
         Args:
@@ -89,9 +148,15 @@ class Adaptors:
         """A client's private tensors as they are stored: see `numbered`."""
         return numbered(private, self.alive, self.count)
 
-    def held(self, stored: PrivateState, like: PrivateState) -> PrivateState:
+    def held(self, stored: PrivateState) -> PrivateState:
         """A client's stored private tensors over the adaptors that there are now: see `renumbered`."""
-        return renumbered(stored, self.alive, like)
+        return renumbered(stored, self.alive, self.untrained)
+
+    def _refresh(self) -> None:
+        """Private tensors have the shapes that the model's have now."""
+        self.untrained = self._visitor.private()
+        if self._routers is not None:
+            self.untrained[self._routers.name] = torch.zeros(1, *self._routers.shape)
 
 
 def _floral(model: Any) -> Any:
@@ -100,51 +165,3 @@ def _floral(model: Any) -> Any:
     if found is None:
         raise ValueError(f"{type(model).__name__} has no FLORAL adaptors of which some could be removed.")
     return found
-
-
-def without_adaptors(server: ServerState, kept: Sequence[int], axes: dict[str, int]) -> ServerState:
-    """The server's state with some adaptors only.
-
-    Args:
-        server: The state.
-        kept: Their present numbers.
-        axes: The axis of length C of each clustered tensor.
-    """
-
-    def select(name: str, value: Any) -> Any:
-        # An optimiser's memories have their parameter's shape, or are counters.
-        if name not in axes or not isinstance(value, torch.Tensor) or value.shape != server.tensors[name].shape:
-            return value
-        return value.index_select(axes[name], torch.tensor(kept, device=value.device))
-
-    return ServerState(
-        round=server.round,
-        tensors={name: select(name, value) for name, value in server.tensors.items()},
-        optimizer={
-            name: {key: select(name, value) for key, value in memory.items()}
-            for name, memory in server.optimizer.items()
-        },
-        routing=server.routing,
-        adaptors=tuple(server.adaptors[number] for number in kept),
-        wide=server.wide,
-    )
-
-
-def after_compression(server: ServerState, model: torch.nn.Module) -> ServerState:
-    """The server's state once the model that holds it has been compressed.
-
-    What has not changed keeps the server's precision; optimisers' memories of what has another shape are gone.
-
-    Args:
-        server: The state before.
-        model: The model.
-    """
-    held = tensors_of(model)
-    tensors = {}
-    for name, old in server.tensors.items():
-        new = held[name]
-        same = new.shape == old.shape and torch.equal(new, old.to(new.dtype))
-        tensors[name] = old if same else new.to(old.dtype, copy=True)
-    shaped = {name for name, old in server.tensors.items() if tensors[name].shape == old.shape}
-    memory = {name: entries for name, entries in server.optimizer.items() if name in shaped}
-    return replace(server, tensors=tensors, optimizer=memory, wide=False)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 
+from floral_peft.federated.adaptors import Adaptors
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Batch
 from floral_peft.federated.dataset import FederatedDataset
@@ -18,7 +19,6 @@ from floral_peft.federated.forward import LABELS
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.routing import Posterior
 from floral_peft.federated.seeding import ClientId
-from floral_peft.federated.server import PrivateState
 from floral_peft.federated.turn import Arrival, Turn, Workplace
 from floral_peft.tuner import prediction_doubt
 
@@ -32,7 +32,7 @@ class Personalizing:
     _routers: Routers | None
     _arrival: Arrival | None
     _place: Workplace
-    _untrained: PrivateState
+    _adaptors: Adaptors
     _round: int
 
     if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Personalizing:
         arrival = self._arrival or Posterior(self.args).arrival()
         found = {}
         with self._visit():
-            start = {**self._untrained, self._routers.name: torch.zeros(1, *self._routers.shape)}
+            start = {**self._adaptors.untrained, self._routers.name: torch.zeros(1, *self._routers.shape)}
             for name, examples in chosen.items():
                 turn = Turn(self._place, self._routers, name, examples, start, self._round)
                 found[name] = personal_router(turn, arrival)

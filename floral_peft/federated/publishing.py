@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors.torch import save_model
 from torch import nn
 
+from floral_peft.federated.adaptors import Adaptors
 from floral_peft.federated.card import write_model_card
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.method import Method
 from floral_peft.federated.processes import Message, Processes
 from floral_peft.federated.records import Record
 from floral_peft.federated.seeding import ClientId
-from floral_peft.federated.server import PrivateState
 from floral_peft.federated.visitor import Visitor
 from floral_peft.tuner import Ensemble, Exported, ExportKind, FloralModel, export_client, save_plain
 
@@ -31,7 +31,7 @@ class Publishing:
     dataset: FederatedDataset
     processes: Processes
     _visitor: Visitor
-    _untrained: PrivateState
+    _adaptors: Adaptors
 
     if TYPE_CHECKING:
 
@@ -143,7 +143,7 @@ class Publishing:
 
     def _publish(self, folder: Path, name: str) -> None:
         """Write the model, which is visited, without any client's tensors."""
-        self._visitor.load(self._untrained)
+        self._visitor.load(self._adaptors.untrained)
         if hasattr(self.model, "save_pretrained"):
             self.model.save_pretrained(str(folder))
         else:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, default_data_collator
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
-from floral_peft.federated.adaptors import Adaptors, after_compression, without_adaptors
+from floral_peft.federated.adaptors import Adaptors
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import Collator
 from floral_peft.federated.best import exported, note_evaluation, restore
@@ -42,7 +41,7 @@ from floral_peft.federated.publishing import Publishing
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
 from floral_peft.federated.rounds import Outcome, RoundReport, run_round
 from floral_peft.federated.routers import Routers
-from floral_peft.federated.routing import RouterUpdate, told
+from floral_peft.federated.routing import RouterUpdate
 from floral_peft.federated.routing.health import REMEDIES, stuck_at_uniform
 from floral_peft.federated.run_folder import RunFolder
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
@@ -135,25 +134,15 @@ class FederatedTrainer(Publishing, Personalizing):
             model, dataset.clusters, args.optimal_routing, args.stateless, given, self._update.settings
         )
         self._visitor = Visitor(model, self._groups)
-        self._untrained = self._visitor.private()
         if self._routers is not None:
             self._routers.remember()
-            self._untrained[self._routers.name] = torch.zeros(1, *self._routers.shape)
         start = derive_seed(args.seed, "adaptors")
-        self._adaptors = Adaptors(model, self._routers, self._update.search_rank(), start)
+        self._adaptors = Adaptors(
+            model, self._routers, self._visitor, self._groups, self._update, self.processes, start
+        )
         self._visits = Visits(self.processes, dataset)
         self._place = Workplace(
             model, self._visitor, self._forward, self._groups, settled, self.accelerator, self._collator
-        )
-        self._settings = ServerSettings(
-            groups=self._groups,
-            routers=self._routers.shape if self._routers and self._groups.clustered else None,
-            build_optimizer=args.build_server_optimizer,
-            min_clients=args.min_clients,
-            max_update_norm=args.max_update_norm,
-            clusters=dataset.clusters,
-            product=args.adaptor_aggregation == "product",
-            router_update=self._update,
         )
         self._store = PrivateStore(self.output_dir / "private")
         self._records = Records(self.output_dir / "records.jsonl", written=self.processes.is_main)
@@ -184,6 +173,20 @@ class FederatedTrainer(Publishing, Personalizing):
     def records(self) -> list[Record]:
         """One dictionary per round and per evaluation, in order, as in `records.jsonl`. Aggregates only."""
         return self._records.items
+
+    @property
+    def _settings(self) -> ServerSettings:
+        """What a round needs to know; routers have the shape that the model's have now."""
+        return ServerSettings(
+            groups=self._groups,
+            routers=self._routers.shape if self._routers and self._groups.clustered else None,
+            build_optimizer=self.args.build_server_optimizer,
+            min_clients=self.args.min_clients,
+            max_update_norm=self.args.max_update_norm,
+            clusters=self.dataset.clusters,
+            product=self.args.adaptor_aggregation == "product",
+            router_update=self._update,
+        )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train for `args.rounds` rounds. Afterwards the model holds the trained tensors and all routers by name.
@@ -335,13 +338,9 @@ class FederatedTrainer(Publishing, Personalizing):
                 self._rest(server)
             clock.lap("server step")
             report = self._looked_at(report, server)
-            if drops := self._update.prune(server.routing, server.round):
-                report = replace(report, pruned=told(drops, server.adaptors))
-                server = self._without(server, [drop.adaptor for drop in drops])
-            if server.wide and self._update.searched(server.round):
-                server, lost = self._compressed(server)
-                report = replace(report, lost=lost)
-            if report.pruned or report.lost:
+            server, changes = self._adaptors.after_round(server)
+            if changes:
+                report = replace(report, **changes)
                 training = self._cohort_training(server)
                 self._rest(server)
             reports.append(report)
@@ -409,31 +408,9 @@ class FederatedTrainer(Publishing, Personalizing):
         found = self._update.regrets(server.routing) if report.usage is not None else None
         return report if found is None else replace(report, regrets=found.round(decimals=4).tolist())
 
-    def _without(self, server: ServerState, dropped: Sequence[int]) -> ServerState:
-        """The server's state without some adaptors, which then are gone from the model, too."""
-        kept = [number for number in range(len(server.adaptors)) if number not in dropped]
-        axes = {name: cluster.axis for name, cluster in self._groups.clustered.items()}
-        server = without_adaptors(server, kept, axes)
-        self._fit(server.adaptors, server.wide)
-        self._rest(server)
-        return replace(server, routing=self._update.keep(server.routing, kept))
-
-    def _compressed(self, server: ServerState) -> tuple[ServerState, dict[str, float]]:
-        """The server's state, which the model holds, with adaptors of the rank that they are to have; what is lost."""
-        lost = self._adaptors.compress(server.routing.get("usage"))
-        self.processes.copy_from_main(tensors_of(self.model).values())
-        server = after_compression(server, self.model)
-        return replace(server, routing=self._update.compressed(server.routing, server.round)), lost
-
-    def _fit(self, adaptors: Sequence[int], wide: bool) -> None:
-        """Make the model one of these adaptors; between visits, when it holds no client's tensors."""
-        if self._adaptors.fit(adaptors, wide) and self._routers is not None:
-            self._untrained = self._visitor.private() | {self._routers.name: torch.zeros(1, *self._routers.shape)}
-            self._settings = replace(self._settings, routers=self._routers.shape)
-
     def _rest(self, server: ServerState) -> None:
         """Between rounds the model holds the server's tensors and no client's."""
-        self._visitor.load(self._untrained, server)
+        self._visitor.load(self._adaptors.untrained, server)
         self._round = self.state.global_step = server.round
         self.state.epoch = float(server.round)
 
@@ -450,10 +427,10 @@ class FederatedTrainer(Publishing, Personalizing):
         """A client's private tensors: as it stored them, or those with which it starts."""
         stored = None if self.args.stateless else self._store.get(client_id)
         if stored is not None:
-            return self._adaptors.held(stored, self._untrained)
+            return self._adaptors.held(stored)
         if self._routers is None:
-            return self._untrained
-        return {**self._untrained, self._routers.name: self._routers.initial(client_id)}
+            return self._adaptors.untrained
+        return {**self._adaptors.untrained, self._routers.name: self._routers.initial(client_id)}
 
     def _keep(self, client_id: ClientId, round: int, private: PrivateState) -> None:
         if not self.args.stateless:
@@ -500,7 +477,9 @@ class FederatedTrainer(Publishing, Personalizing):
                     if self._round == 0:
                         self._routers.remember()
                     stack.enter_context(self._routers.visited())
-            stack.callback(lambda: self._visitor.load(self._untrained))  # as they are then: adaptors may be fewer
+            stack.callback(
+                lambda: self._visitor.load(self._adaptors.untrained)
+            )  # as they are then: adaptors may be fewer
             yield
 
     def _first_state(self, wanted: str | Path | bool | None) -> ServerState:
@@ -509,9 +488,9 @@ class FederatedTrainer(Publishing, Personalizing):
         mine = self._identity
         if not wanted:
             self._adaptors.restart()
-            self._fit(self._adaptors.alive, self._update.search_rank() is not None)
+            self._adaptors.fit(self._adaptors.alive, self._update.search_rank() is not None)
         else:
-            self._fit(*self.processes.on_main(lambda: (self._folder.adaptors(wanted, mine), {}))[0])
+            self._adaptors.fit(*self.processes.on_main(lambda: (self._folder.adaptors(wanted, mine), {}))[0])
         held = ServerState.of(self.model, self._groups, memory, self._adaptors.alive, self._adaptors.wide)
 
         def read() -> Message:
@@ -548,14 +527,14 @@ class FederatedTrainer(Publishing, Personalizing):
     def _take_best(self, round: int) -> None:
         """Go back to the best checkpoint: the server's tensors and the clients' private state of its round."""
         folder = self.output_dir / f"checkpoint-{round}"
-        self._fit(*self.processes.on_main(lambda: (self._folder.adaptors(folder, self._identity), {}))[0])
+        self._adaptors.fit(*self.processes.on_main(lambda: (self._folder.adaptors(folder, self._identity), {}))[0])
         held = ServerState.of(self.model, self._groups)
 
         def read() -> Message:
             return self._folder.take(round, held, self._identity).to_message()
 
         best = held.of_message(self.processes.on_main(read))
-        self._visitor.load(self._untrained, best)
+        self._visitor.load(self._adaptors.untrained, best)
         self._round = best.round
         self.client_metrics = {}  # they are of the last round
 

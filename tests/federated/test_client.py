@@ -139,7 +139,7 @@ def test_a_rate_of_zero_holds_its_group_still(tmp_path: Path) -> None:
 
 def test_weight_decay_spares_the_router(tmp_path: Path) -> None:
     train = local(tmp_path, weight_decay=1.0, learning_rate=1e-3, router_learning_rate=1e-6)
-    start = {name: torch.full_like(value, 5.0) for name, value in train.trainer._untrained.items()}
+    start = {name: torch.full_like(value, 5.0) for name, value in train.trainer._adaptors.untrained.items()}
     update, private = train(private=start)
     assert all(torch.allclose(private[name], start[name], atol=1e-4) for name in start)
     weights = [name for name in update.deltas if name.endswith("base_layer.weight")]
