@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from floral_peft.federated.dataset import LABEL_COLUMNS
+from floral_peft.federated.label_prior import labels_of
 from floral_peft.federated.transforms import BatchTransform
+from floral_peft.federated.views import Viewed
 
 
 Batch = dict[str, Any]
@@ -71,9 +74,40 @@ class Examples:
             if self._arrays is None and self._transform is None:
                 self._dataset = dataset.with_format("torch", columns=form["columns"])
         self.arrays = self._arrays if self._transform is None else None
+        self._length = len(dataset)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._length
+
+    @classmethod
+    def of(
+        cls, data: Dataset | Examples, collator: Collator, device: torch.device, resident: int = RESIDENT_BYTES
+    ) -> Examples:
+        """A split's examples, which may have been read already."""
+        return data if isinstance(data, Examples) else cls(data, collator, device, resident)
+
+    def select(self, rows: Tensor) -> Examples:
+        """Some of the examples.
+
+        Args:
+            rows: Row numbers, int64 on the CPU.
+        """
+        found = copy.copy(self)
+        found._length = len(rows)
+        if self._arrays is None:
+            found._dataset = Viewed(self._dataset).view(rows.numpy())
+            return found
+        found._arrays = {name: values[rows.numpy()] for name, values in self._arrays.items()}
+        found._columns = None
+        found.arrays = found._arrays if self._transform is None else None
+        return found
+
+    def classes(self) -> Tensor | None:
+        """The examples' labels, where a column of integers holds them, any shape; else None."""
+        if self._arrays is not None:
+            labels = self._arrays.get("labels")
+            return torch.tensor(labels) if labels is not None and labels.dtype == np.int64 else None
+        return labels_of(self._dataset)
 
     def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[int, Batch]]:
         """Batch after batch, each with its number of examples.

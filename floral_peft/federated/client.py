@@ -64,7 +64,7 @@ class LocalTraining:
         self._resting = list(resting_norms(model).values())
 
     def __call__(
-        self, client_id: ClientId, dataset: Dataset, private: PrivateState, state: ServerState
+        self, client_id: ClientId, dataset: Dataset | Examples, private: PrivateState, state: ServerState
     ) -> tuple[ClientUpdate, PrivateState]:
         """Train one client for one round.
 
@@ -72,7 +72,7 @@ class LocalTraining:
 
         Args:
             client_id: The client.
-            dataset: Its training examples.
+            dataset: Its training examples; those that have been read already are taken as they are.
             private: Its private tensors.
             state: The server's state.
 
@@ -92,8 +92,8 @@ class LocalTraining:
         self._model.train()
         for norm in self._resting:
             norm.eval()
-        examples = Examples(dataset, self._collator, self._accelerator.device)
-        constants = self._forward.constants(dataset, examples)
+        examples = Examples.of(dataset, self._collator, self._accelerator.device)
+        constants = self._forward.constants(examples)
         parameters = dict(self._model.named_parameters())
         trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
         # The last phase's loss is that of the model that is sent.

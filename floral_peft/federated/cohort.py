@@ -7,6 +7,7 @@ from typing import Protocol
 
 from datasets import Dataset
 
+from floral_peft.federated.batches import Examples
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.seeding import ClientId
@@ -14,7 +15,7 @@ from floral_peft.federated.server import PrivateState, ServerState
 
 
 #: Gives a client's training examples and its private tensors. If it raises, that is the client's loss.
-Load = Callable[[ClientId], tuple[Dataset, PrivateState]]
+Load = Callable[[ClientId], tuple[Dataset | Examples, PrivateState]]
 
 
 class CohortTraining(Protocol):

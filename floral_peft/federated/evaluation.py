@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from floral_peft.federated.batches import Collator, Examples, ordered_batches
 from floral_peft.federated.forward import Forward, is_classification
 from floral_peft.federated.processes import Processes
 from floral_peft.federated.seeding import ClientId
-from floral_peft.federated.server import PrivateState
 
 
 logger = logging.getLogger(__name__)
@@ -26,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
 Metrics = dict[str, float]
+Visit = TypeVar("Visit")
 
 
 @torch.no_grad()
@@ -91,15 +91,15 @@ class Failure(NamedTuple):
 
 
 def evaluate_clients(
-    visits: Iterable[tuple[ClientId, Callable[[], PrivateState]]],
-    evaluate: Callable[[ClientId, PrivateState], Metrics | None],
+    visits: Iterable[tuple[ClientId, Callable[[], Visit]]],
+    evaluate: Callable[[Visit], Metrics | None],
     processes: Processes,
     order: Iterable[ClientId],
 ) -> tuple[dict[ClientId, Metrics], dict[ClientId, Failure]]:
     """Evaluate clients, each process those that it visits. A client that raises is left out, and logged.
 
     Args:
-        visits: This process's clients, each with a function that gives its private tensors.
+        visits: This process's clients, each with a function that gives what `evaluate` takes.
         evaluate: Evaluates one of them; None for a client without examples.
         processes: Those that share the clients.
         order: All clients, in the order of the results.
@@ -109,9 +109,9 @@ def evaluate_clients(
     """
     found: list[tuple[ClientId, Metrics]] = []
     failed: list[tuple[ClientId, Failure]] = []
-    for client_id, private in visits:
+    for client_id, visit in visits:
         try:
-            metrics = evaluate(client_id, private())
+            metrics = evaluate(visit())
         except Exception as error:  # as in training: a client's failure is its own loss
             failure = Failure(type(error).__name__, f"client {client_id!r}: {type(error).__name__}: {error}")
             logger.warning("evaluation: %s; left out", failure, exc_info=not failed)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 
 from floral_peft.federated.batches import Batch, Examples
-from floral_peft.federated.label_prior import label_log_prior, labels_of
+from floral_peft.federated.label_prior import label_log_prior
 from floral_peft.federated.seeding import generators_kept
 from floral_peft.federated.visitor import modes_kept
 from floral_peft.tuner import FloralModel
@@ -27,6 +25,8 @@ LossFunction = Callable[[Any, Tensor], Tensor]
 LABELS = "labels"
 #: In a batch: log q of the client at hand, (classes,), for `Forward.discount_labels`.
 LABEL_PRIOR = "label_log_prior"
+#: Cross entropy leaves out examples with this label.
+_LEFT_OUT = -100
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -91,24 +91,31 @@ class Forward:
         labels = self.labels(batch)
         return self._discounted(self.outputs(batch), labels, batch)
 
-    def losses_of_parts(self, batch: Batch, sizes: Sequence[int]) -> Tensor:
-        """The mean loss of each part of a batch, (parts,), from one pass where the model's outputs are a tensor.
+    @property
+    def splits(self) -> bool:
+        """Whether the losses of several batches may come from one pass: not those that a model computes itself."""
+        return type(self) is Forward and not self._returns_loss
+
+    def losses_of_parts(self, parts: Sequence[Batch]) -> Tensor:
+        """The mean loss of each of several batches, (parts,), from one pass where the model's outputs are a tensor.
 
         Args:
-            batch: The batch.
-            sizes: How many examples each part has, one after the other.
+            parts: The batches; each may have a label prior of its own.
         """
-        outputs = None if self._returns_loss or type(self) is not Forward else self.outputs(batch)
-        if isinstance(outputs, Tensor):
-            labels = self.labels(batch).split(list(sizes))
-            pairs = zip(outputs.split(list(sizes)), labels, strict=True)
-            return torch.stack([self._discounted(output, label, batch).loss for output, label in pairs])
-        ends = [*accumulate(sizes)]
-        parts = [
-            {name: value if name == LABEL_PRIOR else value[end - size : end] for name, value in batch.items()}
-            for size, end in zip(sizes, ends, strict=True)
-        ]
-        return torch.stack([self(part).loss for part in parts])
+        joined = _joined(parts) if self.splits and len(parts) > 1 else None
+        outputs = None if joined is None else self.outputs(joined)
+        if joined is None or not isinstance(outputs, Tensor):
+            return torch.stack([self(part).loss for part in parts])
+        labels = self.labels(joined)
+        sizes = [len(part[LABELS]) for part in parts]
+        if self._classes:  # the loss is known to be the cross entropy: that of all examples at once
+            if LABEL_PRIOR in parts[0]:
+                rows = torch.tensor(sizes, device=labels.device)
+                outputs = outputs + torch.stack([part[LABEL_PRIOR] for part in parts]).repeat_interleave(rows, dim=0)
+            losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+            return _shares(labels, sizes).to(losses) @ losses
+        pairs = zip(outputs.split(sizes), labels.split(sizes), parts, strict=True)
+        return torch.stack([self._discounted(output, label, part).loss for output, label, part in pairs])
 
     def _discounted(self, outputs: Any, labels: Tensor, batch: Batch) -> Prediction:
         prediction = self.predict(outputs, labels)
@@ -130,14 +137,13 @@ class Forward:
             raise ValueError(f"label_prior=True: {type(self).__name__} has a loss that cannot discount labels.")
         self.discounting = asked
 
-    def constants(self, dataset: Dataset, examples: Examples) -> Batch:
+    def constants(self, examples: Examples) -> Batch:
         """What the batches of a client's turn hold beside its examples.
 
         Args:
-            dataset: The client's examples, at least one.
-            examples: The same, ready to be cut into batches.
+            examples: The client's examples, at least one.
         """
-        if not self.discounting or self._classes == 0 or (labels := labels_of(dataset)) is None:
+        if not self.discounting or self._classes == 0 or (labels := examples.classes()) is None:
             return {}
         if self._classes is None:
             with generators_kept(examples.device):
@@ -228,6 +234,23 @@ class Forward:
         if missing:
             raise ValueError(f"{self._who} needs {missing}, which the batch lacks; its columns: {sorted(batch)}.")
         return (), named
+
+
+def _joined(parts: Sequence[Batch]) -> Batch | None:
+    """Batches as one, without label priors; None where their columns cannot be put together."""
+    first, *others = [{name: value for name, value in part.items() if name != LABEL_PRIOR} for part in parts]
+    shapes = {name: value.shape[1:] for name, value in first.items() if isinstance(value, Tensor) and value.ndim}
+    for part in (first, *others):
+        found = {name: value.shape[1:] for name, value in part.items() if isinstance(value, Tensor) and value.ndim}
+        if found != shapes or len(found) != len(part):
+            return None
+    return {name: torch.cat([first[name], *(part[name] for part in others)]) for name in first}
+
+
+def _shares(labels: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What each example counts in the mean of its part, (parts, examples); those left out by the loss do not."""
+    counted = labels != _LEFT_OUT
+    return torch.block_diag(*(part / part.sum() for part in counted.float().split(list(sizes))))
 
 
 def _innermost(model: Any) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from floral_peft.federated.adaptors import Adaptors
 from floral_peft.federated.arguments import FederatedArguments
+from floral_peft.federated.arrivals import Arrivals
 from floral_peft.federated.batches import Batch
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.forward import LABELS
@@ -30,7 +31,7 @@ class Personalizing:
     args: FederatedArguments
     dataset: FederatedDataset
     _routers: Routers | None
-    _arrival: Arrival | None
+    _arrivals: Arrivals
     _place: Workplace
     _adaptors: Adaptors
     _round: int
@@ -61,7 +62,7 @@ class Personalizing:
         if self._routers is None:
             raise ValueError("the model has no FLORAL adaptors, so there is no router to find.")
         chosen = new_clients(data, client, self.dataset)
-        arrival = self._arrival or Posterior(self.args).arrival()
+        arrival = self._arrivals.arrival or Posterior(self.args).arrival()
         found = {}
         with self._visit():
             start = {**self._adaptors.untrained, self._routers.name: torch.zeros(1, *self._routers.shape)}

@@ -151,8 +151,8 @@ class SideBySide:
         generators = ClientGenerators(derive_seed(self._args.seed, "train", round, client_id), device)
         order = torch.Generator().manual_seed(derive_seed(self._args.seed, "shuffle", round, client_id))
         resident = RESIDENT_BYTES // self._chunk_clients
-        examples = Examples(dataset, self._collator, device, resident)
-        lane = Lane(position, examples, generators, order, self._forward.constants(dataset, examples))
+        examples = Examples.of(dataset, self._collator, device, resident)
+        lane = Lane(position, examples, generators, order, self._forward.constants(examples))
         return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
 
     def _stack(self, privates: Sequence[PrivateState], held: Mapping[str, Tensor]) -> StackedModel:

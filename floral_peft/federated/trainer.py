@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers.trainer_utils import TrainOutput
 
 from floral_peft.federated.adaptors import Adaptors
 from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import Collator
+from floral_peft.federated.arrivals import GROUP, Arrivals
+from floral_peft.federated.batches import RESIDENT_BYTES, Collator, Examples
 from floral_peft.federated.best import exported, note_evaluation, restore
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
 from floral_peft.federated.checks import check_callbacks, check_types
@@ -50,7 +51,7 @@ from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
 from floral_peft.federated.turn import Arrived, Turn, Workplace, with_arrival
 from floral_peft.federated.visitor import Visitor, modes_kept
-from floral_peft.federated.visits import Private, Visits
+from floral_peft.federated.visits import Private, Visits, in_groups
 
 
 logger = logging.getLogger(__name__)
@@ -126,10 +127,13 @@ class FederatedTrainer(Publishing, Personalizing):
         own = self.method.arrival(args)
         if own is not None or args.optimal_routing:
             self._update = RouterUpdate(args)
-        self._arrival = own or self._update.arrival()
+        # Clients look at their examples together where the model is the same for all of them but for their routers.
+        routers = {name for name, role in self._groups.roles.items() if role.kind == "router"}
+        alike = own is None and routers.issuperset(self._groups.private) and self._forward.splits
+        self._arrivals = Arrivals(own or self._update.arrival(), self._update.examined if alike else None)
         settled = self._update.settle(args)
         self._forward.discount_labels(bool(settled.label_prior))
-        given = self._arrival is not None
+        given = self._arrivals.arrival is not None
         self._routers = Routers.of(
             model, dataset.clusters, args.optimal_routing, args.stateless, given, self._update.settings
         )
@@ -255,8 +259,8 @@ class FederatedTrainer(Publishing, Personalizing):
         """
         began = time.perf_counter()
         with self._visit():
-            visits = self._visits(self.dataset, self._private, split="test")
-            self.client_metrics, failed = evaluate_clients(visits, self._evaluate_client, self.processes, self.dataset)
+            turns = self._all_turns("test")
+            self.client_metrics, failed = evaluate_clients(turns, self._evaluate_client, self.processes, self.dataset)
         if not self.client_metrics:
             raise ValueError(f"no client can be evaluated; {next(iter(failed.values()))}" if failed else _NO_TEST)
         summary = summarize(self.client_metrics)
@@ -285,15 +289,15 @@ class FederatedTrainer(Publishing, Personalizing):
             mixtures = self._routers.mixtures(self.dataset.ids, self._trained_routers(self._routers.name))
         return list(self.dataset), mixtures
 
-    def _evaluate_client(self, client_id: ClientId, private: PrivateState) -> Metrics | None:
+    def _evaluate_client(self, turn: Turn) -> Metrics | None:
         """None for a client without examples for evaluation."""
-        if not self.dataset.num_examples(client_id, "test"):
+        if not self.dataset.num_examples(turn.client_id, "test"):
             return None
-        with self._evaluated_as(client_id, private):
+        with self._evaluated_as(turn.client_id, turn):
             return evaluate_client(
                 self.model,
                 self._forward,
-                self.dataset[client_id]["test"],
+                self.dataset[turn.client_id]["test"],
                 self._collator,
                 self.args.per_device_eval_batch_size,
                 self.accelerator,
@@ -301,10 +305,10 @@ class FederatedTrainer(Publishing, Personalizing):
             )
 
     @contextmanager
-    def _evaluated_as(self, client_id: ClientId, private: PrivateState | None = None) -> Iterator[None]:
-        """Within, the model is what is evaluated for a client; by default, with the private tensors that it kept."""
-        turn = self._turn(client_id, self._private(client_id) if private is None else private)
-        turn.private = self._arrived(turn).private
+    def _evaluated_as(self, client_id: ClientId, turn: Turn | None = None) -> Iterator[None]:
+        """Within, the model is what is evaluated for a client, whose turn it may be already."""
+        turn = turn or self._turn(client_id, self._private(client_id))
+        turn.private = self._arrivals(turn).private
         self._visitor.load(turn.private)
         with self.method.evaluated(turn):
             yield
@@ -355,16 +359,19 @@ class FederatedTrainer(Publishing, Personalizing):
     ) -> Iterator[tuple[ClientId, Outcome]]:
         """What comes of the training of clients that train together."""
         found: dict[ClientId, Arrived] = {}
+        turns = self._turns(private, state)
+        if self._arrivals.shared:
+            clock.lap("route")
 
-        def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
+        def load(client_id: ClientId) -> tuple[Dataset | Examples, PrivateState]:
             clock.lap("train")
-            examples, own = self.dataset[client_id]["train"], private[client_id]()
+            turn = turns(client_id)
             clock.lap("load")
-            found[client_id] = self._arrived(self._turn(client_id, own, state))
-            if self._arrival is not None:
+            found[client_id] = self._arrivals(turn)
+            if self._arrivals.arrival is not None:
                 clock.lap("route")
             chosen = found[client_id].trains_on
-            return examples if chosen is None else chosen, found[client_id].private
+            return turn.dataset if chosen is None else chosen, found[client_id].private
 
         outcomes = training(list(private), load, state)
         for client_id in private:
@@ -436,21 +443,47 @@ class FederatedTrainer(Publishing, Personalizing):
         if not self.args.stateless:
             self._store.put(client_id, round, self._adaptors.stored(private))
 
-    def _turn(self, client_id: ClientId, private: PrivateState, state: ServerState | None = None) -> Turn:
+    def _turn(
+        self,
+        client_id: ClientId,
+        private: PrivateState,
+        state: ServerState | None = None,
+        resident: int = RESIDENT_BYTES,
+    ) -> Turn:
         """A client at the model; without the server's state, the model holds it already."""
         dataset = self.dataset[client_id]["train"]
-        return Turn(self._place, self._routers, client_id, dataset, private, self._round, state)
+        return Turn(self._place, self._routers, client_id, dataset, private, self._round, state, resident)
 
-    def _arrived(self, turn: Turn) -> Arrived:
-        """What a client finds before it goes to work."""
-        return Arrived(turn.private) if self._arrival is None else self._arrival(turn)
+    def _turns(
+        self, private: Mapping[ClientId, Private], state: ServerState | None = None
+    ) -> Callable[[ClientId], Turn]:
+        """Gives the turns of clients that come together, each once; they know what could be found for all at once."""
+        held: dict[ClientId, Turn] = {}
+
+        def turn(client_id: ClientId) -> Turn:
+            resident = RESIDENT_BYTES // len(private)
+            return held.pop(client_id, None) or self._turn(client_id, private[client_id](), state, resident)
+
+        if self._arrivals.shared and len(private) > 1:
+            for client_id in private:
+                with suppress(Exception):  # told when the client comes
+                    held[client_id] = turn(client_id)
+            self._arrivals.foresee(list(held.values()))
+        return turn
+
+    def _all_turns(self, split: str) -> Iterator[tuple[ClientId, Callable[[], Turn]]]:
+        """The turns of all clients that this process visits outside training; a split says what a visit costs."""
+        groups = in_groups(self.dataset, GROUP if self._arrivals.shared else 1)
+        for private in self._visits.together(groups, self._private, split):
+            turns = self._turns(private)
+            yield from ((client_id, partial(turns, client_id)) for client_id in private)
 
     def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
         """The routers, (1, L, C), that clients have kept; where they are found on arrival, those of all clients."""
-        if self._arrival is None:
+        if self._arrivals.arrival is None:
             return self._kept_routers(name)
-        visits = self._visits(self.dataset, self._private, split="train")
-        found = [(k, {name: self._arrived(self._turn(k, private())).private[name]}) for k, private in visits]
+        turns = self._all_turns("train")
+        found = [(k, {name: self._arrivals(turn()).private[name]}) for k, turn in turns]
         return self._told([item for part in self.processes.gather(pack_states(found)) for item in unpack_states(part)])
 
     def _kept_routers(self, name: str) -> dict[ClientId, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import Batch, Collator, Examples, ordered_batches
+from floral_peft.federated.batches import RESIDENT_BYTES, Batch, Collator, Examples, ordered_batches
 from floral_peft.federated.client import LocalTraining
+from floral_peft.federated.evidence import Piece, mean_losses
 from floral_peft.federated.forward import LABELS, Forward
 from floral_peft.federated.groups import ParameterGroups
 from floral_peft.federated.rounds import Outcome
@@ -57,6 +59,7 @@ class Turn:
         private: Its private tensors.
         round: The rounds done.
         state: The server's state, in training; None in evaluation, where the model holds it already.
+        resident: Training examples of up to this many bytes are held in memory as a whole.
 
     Attributes:
         memory: What the server remembers of the routers, in training.
@@ -75,6 +78,7 @@ class Turn:
         private: PrivateState,
         round: int,
         state: ServerState | None = None,
+        resident: int = RESIDENT_BYTES,
     ) -> None:
         self._place = place
         self._routers = routers
@@ -86,6 +90,8 @@ class Turn:
         self.real_labels: int | None = None
         self.private = private
         self.num_examples = len(dataset)
+        self._foreseen: list[Tensor] = []
+        self._resident = resident
 
     @property
     def args(self) -> FederatedArguments:
@@ -143,25 +149,15 @@ class Turn:
         Args:
             parts: The rows of each, int64.
         """
-        examples, constants = self._examples()
-        size = self.args.per_device_eval_batch_size
-        # Parts that fit into one batch share one pass.
-        shared = [torch.cat(list(parts))] if sum(map(len, parts)) <= size else []
-        batches = shared or [rows for part in parts for rows in part.split(size)]
-        held = [{**examples.batch(rows), **constants} for rows in batches]
-        self._note_labels(held[0])
-        sizes = [len(part) for part in parts]
-        with self._place.accelerator.autocast():
-            if shared:
-                (found,) = self.routers.pure_models.losses(
-                    lambda batch: self.forward.losses_of_parts(batch, sizes), held
-                )
-                return list(found.float().cpu().unbind(dim=1))
-            losses = iter(self.routers.pure_models.losses(lambda batch: self.forward(batch).loss, held))
-        return [
-            torch.stack([next(losses).float().cpu() * (len(rows) / len(part)) for rows in part.split(size)]).sum(dim=0)
-            for part in parts
-        ]
+        return self._foreseen or look_together([self], [parts])[0]
+
+    def foresee(self, losses: list[Tensor]) -> None:
+        """What `pure_losses_of` will say, where that is known already.
+
+        Args:
+            losses: Of each part that will be asked for.
+        """
+        self._foreseen = losses
 
     def pure_means(self, function: Callable[[Batch], Tensor]) -> Tensor:
         """The mean over training examples of a function that runs the model, for each adaptor alone, float32, (C,).
@@ -190,20 +186,39 @@ class Turn:
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         """The client's training examples in order, for a model that holds the client's tensors: sizes and batches."""
+        self._enter()
         examples, constants = self._examples()
         batches = examples.batches(ordered_batches(len(examples), self.args.per_device_eval_batch_size))
         return ((count, {**batch, **constants}) for count, batch in batches)
 
+    @cached_property
+    def examples(self) -> Examples:
+        """The client's training examples, ready to be cut into batches."""
+        return Examples(self.dataset, self._place.collator, self._place.accelerator.device, self._resident)
+
+    def _enter(self) -> None:
+        """Have the model hold the client's tensors, in evaluation mode."""
+        self._place.visitor.load(self.private, self._state)
+        self._place.model.eval()
+
     def _examples(self) -> tuple[Examples, Batch]:
-        """The client's training examples, for a model that holds its tensors, and what batches hold beside them."""
+        """The client's training examples, and what batches hold beside them."""
         place, args = self._place, self._place.args
         device = place.accelerator.device
         # A dataset's transform may draw from the global generators.
         seed_generators(derive_seed(args.seed, "relearn", self.round, self.client_id), device)
-        place.visitor.load(self.private, self._state)
-        place.model.eval()
-        examples = Examples(self.dataset, place.collator, device)
-        return examples, place.forward.constants(self.dataset, examples)
+        return self.examples, place.forward.constants(self.examples)
+
+    def _pieces(self, parts: Sequence[Tensor]) -> list[Piece]:
+        """Parts of the client's training examples, in pieces of a batch at most."""
+        examples, constants = self._examples()
+        found = [
+            Piece(number, len(rows) / len(part), len(rows), {**examples.batch(rows), **constants})
+            for number, part in enumerate(parts)
+            for rows in part.split(self.args.per_device_eval_batch_size)
+        ]
+        self._note_labels(found[0].batch)
+        return found
 
     @contextmanager
     def trained(self, epochs: int) -> Iterator[None]:
@@ -224,6 +239,25 @@ class Turn:
             place.visitor.load(self.private, before)
 
 
+def look_together(turns: Sequence[Turn], parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The pure losses of parts of several clients' training examples.
+
+    Of several clients only the routers may differ in the model.
+
+    Args:
+        turns: The clients, at least one.
+        parts: For each of them the rows of each part, none of them empty.
+
+    Returns:
+        For each client what `Turn.pure_losses_of` says of its parts, up to rounding.
+    """
+    first = turns[0]
+    first._enter()
+    clients = [turn._pieces(asked) for turn, asked in zip(turns, parts, strict=True)]
+    with torch.no_grad(), first._place.accelerator.autocast():
+        return mean_losses(first.routers.pure_models, first.forward, clients, first.args.per_device_eval_batch_size)
+
+
 @dataclass(frozen=True)
 class Arrived:
     """What a client has found on arrival.
@@ -232,13 +266,13 @@ class Arrived:
         private: The private tensors with which it trains, or is evaluated.
         kept: Those of them that it keeps in place of what it trained with.
         sums: What it tells the server for its sums over the cohort, float64 on the CPU: see [`RouterUpdate.sums`].
-        trains_on: Those of its examples that it trains on; None: all.
+        trains_on: Those of its examples that it trains on, if it has looked at them; None: all.
     """
 
     private: PrivateState
     kept: PrivateState = field(default_factory=dict)
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-    trains_on: Dataset | None = None
+    trains_on: Examples | None = None
 
 
 def with_arrival(outcome: Outcome, arrived: Arrived | None) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.processes import Message, Processes, deal, pack_states, unpack_states
@@ -78,6 +78,13 @@ class Visits:
             return self._dataset.num_examples(client_id, split)
         except Exception:
             return 0
+
+
+def in_groups(client_ids: Iterable[ClientId], size: int) -> Iterator[list[ClientId]]:
+    """Clients in groups of so many, in order."""
+    left = iter(client_ids)
+    while group := list(islice(left, size)):
+        yield group
 
 
 def _blocks(groups: Iterable[Sequence[ClientId]]) -> Iterator[list[Sequence[ClientId]]]:

@@ -118,10 +118,10 @@ def test_clients_do_not_train_on_what_is_held_out(tmp_path: Path) -> None:
     state = ServerState.of(run.model, run._groups, run._update.start(2))
     with run._visit():
         turn = run._turn("client 0", run._private("client 0"), state)
-        assert len(run._arrived(turn).trains_on) == 11  # of 12
+        assert len(run._arrivals(turn).trains_on) == 11  # of 12
         run._round = 30
         turn = run._turn("client 0", run._private("client 0"), state)
-        assert run._arrived(turn).trains_on is None
+        assert len(run._arrivals(turn).trains_on) == 12
 
 
 def test_losses_are_looked_at_on_so_many_examples_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from floral_peft.federated.routing.prune import Drop, prune, regrets
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
-from floral_peft.federated.views import Viewed
 from floral_peft.tuner.router import RouterSettings
 
 
@@ -64,6 +63,10 @@ class Posterior(RouterUpdate):
     def arrival(self) -> Arrival:
         """Find the posterior."""
         return self._arrive
+
+    def examined(self, turn: Turn) -> list[Tensor]:
+        """Those it does not train on for now, if there are any, and some of the others."""
+        return self._examined(*self._split(turn), turn)
 
     def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
         """Usage (C,); losses (C, C), of the users of a under b; who changed their best adaptor (1,)."""
@@ -119,11 +122,8 @@ class Posterior(RouterUpdate):
         if not turn.num_examples:
             return Arrived(turn.private)
         routers, done = turn.routers, turn.round * self._pace  # in participations
-        held_out, others = torch.arange(0), torch.arange(turn.num_examples)
-        if turn.training and done < schedule.HELD_OUT:
-            held_out, others = hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
-        looked_at = self._some(others, turn)
-        *unseen, losses = turn.pure_losses_of([held_out, looked_at] if len(held_out) else [looked_at])
+        held_out, others = self._split(turn)
+        *unseen, losses = turn.pure_losses_of(self._examined(held_out, others, turn))
         losses = as_log_likelihoods(losses, turn)
         before = turn.private[routers.name]  # (1, L, C)
         chosen = _chooses(before)
@@ -148,8 +148,17 @@ class Posterior(RouterUpdate):
             "losses": torch.outer(mixture, told.double()),
             "switches": torch.tensor([float(chosen and _best(before) != _best(kept))], dtype=torch.float64),
         }
-        trains_on = Viewed(turn.dataset).view(others.numpy()) if len(held_out) else None
+        trains_on = turn.examples.select(others) if len(held_out) else turn.examples
         return Arrived(turn.with_logits(working), {routers.name: kept}, sums, trains_on)
+
+    def _split(self, turn: Turn) -> tuple[Tensor, Tensor]:
+        """The rows of the examples that it does not train on for now, and of the others."""
+        if turn.training and turn.round * self._pace < schedule.HELD_OUT:
+            return hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
+        return torch.arange(0), torch.arange(turn.num_examples)
+
+    def _examined(self, held_out: Tensor, others: Tensor, turn: Turn) -> list[Tensor]:
+        return [rows for rows in (held_out, self._some(others, turn)) if len(rows)]
 
     def _some(self, rows: Tensor, turn: Turn) -> Tensor:
         """So many examples as losses are looked at on, other ones each round."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.routing.prune import Drop
-from floral_peft.federated.turn import Arrival
+from floral_peft.federated.turn import Arrival, Turn
 from floral_peft.nearest import did_you_mean
 from floral_peft.tuner.router import RouterSettings
 
@@ -51,6 +51,13 @@ class RouterUpdate:
     def arrival(self) -> Arrival | None:
         """What a client does before its local steps, and before it is evaluated: see [`Method.arrival`]."""
         return None
+
+    def examined(self, turn: Turn) -> Sequence[Tensor]:
+        """The parts of its examples, as rows, whose pure losses a client asks for on arrival; none: it asks nothing.
+
+        Clients that arrive together then look at them together. Those that are not told here it looks at by itself.
+        """
+        return []
 
     def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
         """What clients tell the server for its sum over the cohort: name → shape."""

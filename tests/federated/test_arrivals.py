@@ -1,0 +1,137 @@
+"""Clients that arrive together look at their examples together, and find what each would find alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from torch import Tensor, nn
+
+from floral_peft.federated import FederatedDataset
+from floral_peft.federated import trainer as trainer_module
+from floral_peft.tuner import PureModels
+
+from .clients import floral_net, net, population, tensors, trainer
+
+
+POSTERIOR: dict[str, Any] = {"router_update": "posterior"}
+
+
+def started(**config: Any) -> Any:
+    """A model whose adaptors differ from the start."""
+    return floral_net(init_std=0.7, **config)
+
+
+def regression(num_clients: int = 5) -> FederatedDataset:
+    generator = torch.Generator().manual_seed(5)
+    clients = {}
+    for k in range(num_clients):
+        points = torch.randn(7 + k, 4, generator=generator)
+        labels = torch.stack([points.sum(dim=1), points[:, 0], points[:, 1]], dim=1) * (1 - 2 * (k % 2))
+        data = Dataset.from_dict({"points": points.tolist(), "labels": labels.tolist()})
+        clients[f"client {k}"] = DatasetDict(train=data, test=data)
+    return FederatedDataset(clients)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many passes each look at pure models takes, as they come."""
+    found: list[int] = []
+    look = PureModels.losses
+
+    def counted(self: Any, loss: Any, batches: Any) -> Any:
+        held = list(batches)
+        found.append(len(held))
+        return look(self, loss, held)
+
+    monkeypatch.setattr(PureModels, "losses", counted)
+    return found
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "GROUP", 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"label_prior": False},
+        {"label_prior": False, "loss_fn": nn.functional.cross_entropy},
+        {"per_device_eval_batch_size": 3},
+        {"dataset": regression(), "loss_fn": nn.functional.mse_loss},
+    ],
+    ids=["classifier", "without label prior", "loss function", "small batches", "regression"],
+)
+@pytest.mark.parametrize("config", [{}, {"router_per_layer": True, "num_adaptors": 3}], ids=["", "by layer"])
+def test_together_they_find_what_each_finds_alone(
+    tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, together = trainer(tmp_path, model=started(**config), **POSTERIOR, **settings).mixtures()
+    alone(monkeypatch)
+    _, one_by_one = trainer(tmp_path, model=started(**config), **POSTERIOR, **settings).mixtures()
+    assert len(ids) > 3 and torch.allclose(together, one_by_one, atol=1e-5)
+    assert together.std(dim=0).max() > 1e-3  # or there would be nothing to mistake
+
+
+def test_labels_that_the_loss_leaves_out_count_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def marked(data: Dataset) -> Dataset:
+        return data.map(
+            lambda example, row: {"labels": -100 if row % 3 == 0 else example["labels"]}, with_indices=True
+        )
+
+    clients = population()
+    dataset = FederatedDataset({k: DatasetDict(train=marked(clients[k]["train"])) for k in clients})
+    _, together = trainer(tmp_path, model=started(), dataset=dataset, **POSTERIOR).mixtures()
+    alone(monkeypatch)
+    _, one_by_one = trainer(tmp_path, model=started(), dataset=dataset, **POSTERIOR).mixtures()
+    assert torch.isfinite(together).all() and torch.allclose(together, one_by_one, atol=1e-5)
+
+
+def test_a_round_side_by_side_takes_one_look(tmp_path: Path, looks: list[int]) -> None:
+    trainer(tmp_path, model=started(), rounds=3, cohort="vectorized", **POSTERIOR).train()
+    assert looks == [1, 1, 1]
+
+
+def test_an_evaluation_takes_one_look(tmp_path: Path, looks: list[int]) -> None:
+    run = trainer(tmp_path, model=started(), **POSTERIOR)
+    run.evaluate()
+    assert looks == [1]
+
+
+def test_as_many_examples_go_through_the_model_at_once_as_an_evaluation_batch_holds(
+    tmp_path: Path, looks: list[int]
+) -> None:
+    run = trainer(tmp_path, model=started(), per_device_eval_batch_size=20, **POSTERIOR)
+    run.evaluate()  # of clients with 12, 13, 14 and 15 examples
+    assert looks == [4]
+
+
+def test_a_run_side_by_side_is_a_run_in_turn_up_to_rounding(tmp_path: Path) -> None:
+    def trained(cohort: str) -> tuple[dict[str, Tensor], Tensor]:
+        run = trainer(tmp_path / cohort, model=started(), rounds=3, cohort=cohort, **POSTERIOR)
+        run.train()
+        return tensors(run.model), run.mixtures()[1]
+
+    (one, mixtures), (other, others) = trained("loop"), trained("vectorized")
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+    assert torch.allclose(mixtures, others, atol=1e-3)
+
+
+def test_a_client_whose_examples_cannot_be_read_costs_only_itself(tmp_path: Path) -> None:
+    clients = population()
+    ragged = Dataset.from_dict({"points": [[1.0] * 4, [1.0] * 3], "labels": [0, 1]})
+    splits: dict[Any, Any] = {k: clients[k] for k in clients}
+    splits["ragged"] = DatasetDict(train=ragged, test=clients["client 0"]["test"])
+    run = trainer(tmp_path, model=started(), dataset=FederatedDataset(splits), **POSTERIOR)
+    run.evaluate()
+    assert sorted(run.client_metrics) == sorted(clients)
+
+
+def test_clients_with_more_of_their_own_than_a_router_look_alone(tmp_path: Path, looks: list[int]) -> None:
+    run = trainer(tmp_path, model=started(base=net(norm=True)), **POSTERIOR)  # batch norm's running statistics
+    run.evaluate()
+    assert looks == [1, 1, 1, 1]
