@@ -132,6 +132,7 @@ def test_a_client_whose_examples_cannot_be_read_costs_only_itself(tmp_path: Path
 
 
 def test_clients_with_more_of_their_own_than_a_router_look_alone(tmp_path: Path, looks: list[int]) -> None:
-    run = trainer(tmp_path, model=started(base=net(norm=True)), **POSTERIOR)  # batch norm's running statistics
+    model = started(base=net(norm=True), adapt_norms="reparametrized")  # each client has running statistics
+    run = trainer(tmp_path, model=model, **POSTERIOR)
     run.evaluate()
     assert looks == [1, 1, 1, 1]
