@@ -7,22 +7,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from floral_peft.federated.aggregation import ClientUpdate, UpdateError
-from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import Batch, Collator, Examples
-from floral_peft.federated.forward import Forward
-from floral_peft.federated.groups import ParameterGroups
+from floral_peft.federated.batches import Batch, Examples
 from floral_peft.federated.local_steps import Pull, local_batches, norms_frozen, optimizer_groups, training_phases
 from floral_peft.federated.norms import resting_norms
 from floral_peft.federated.plain_sgd import PlainSGD
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
-from floral_peft.federated.visitor import Visitor
+from floral_peft.federated.workplace import Workplace
 from floral_peft.tuner import base_weights, clip_steps, factor_pairs, precondition_gradients
 
 
@@ -34,34 +30,19 @@ class LocalTraining:
     """Trains clients on one model, one after the other (METHOD: training, steps 1 and 2).
 
     Args:
-        model: The model, on the accelerator's device.
-        visitor: Sets the model's tensors before a client's turn.
-        forward: Calls the model on a batch.
-        groups: Which of the model's tensors are shared, clustered, private.
-        args: The run's settings.
-        accelerator: Device and autocast.
-        collator: Makes a batch from examples.
+        place: The model and what belongs to it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        visitor: Visitor,
-        forward: Forward,
-        groups: ParameterGroups,
-        args: FederatedArguments,
-        accelerator: Accelerator,
-        collator: Collator,
-    ) -> None:
-        self._model: Any = model
-        self._visitor = visitor
-        self._forward = forward
-        self._groups = groups
-        self._args = args
-        self._accelerator = accelerator
-        self._collator = collator
-        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._resting = list(resting_norms(model).values())
+    def __init__(self, place: Workplace) -> None:
+        self._model: Any = place.model
+        self._visitor = place.visitor
+        self._forward = place.forward
+        self._groups = place.groups
+        self._args = place.args
+        self._accelerator = place.accelerator
+        self._collator = place.collator
+        self._norms = [module for module in place.model.modules() if isinstance(module, _BatchNorm)]
+        self._resting = list(resting_norms(place.model).values())
 
     def __call__(
         self, client_id: ClientId, dataset: Dataset | Examples, private: PrivateState, state: ServerState

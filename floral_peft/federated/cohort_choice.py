@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.cohort import CohortTraining, InTurn, Load
 from floral_peft.federated.files import write_file
 from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.server import ServerState
 from floral_peft.federated.side_by_side import SideBySide
+from floral_peft.federated.workplace import Workplace
 
 
 logger = logging.getLogger(__name__)
@@ -30,24 +30,21 @@ TRIAL_STEPS = 2
 TRIAL_SECONDS = 2.0
 
 #: Side by side must be so many times as fast: a smaller advantage may be chance, and then differ from run to run.
-MARGIN = 1.25
+MARGIN = 1.5
 #: On a CPU fewer clients a round train in turn, untried: there is little to gain, and so runs are equal to the bit.
-CPU_CLIENTS = 24
-
-#: What `LocalTraining` takes: model, visitor, forward, groups, args, accelerator, collator.
-Parts = dict[str, Any]
+CPU_CLIENTS = 8
 
 
-def build_training(kind: str, parts: Parts) -> CohortTraining:
+def build_training(kind: str, place: Workplace) -> CohortTraining:
     """The training of that kind: "loop" or "vectorized"."""
-    return SideBySide(**parts) if kind == "vectorized" else InTurn(LocalTraining(**parts))
+    return SideBySide(place) if kind == "vectorized" else InTurn(LocalTraining(place))
 
 
-def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state: ServerState, path: Path) -> str:
+def choose_kind(place: Workplace, client_ids: Sequence[ClientId], load: Load, state: ServerState, path: Path) -> str:
     """What `args.cohort` says, "auto" by measuring both kinds on a few steps of some of a round's clients.
 
     Args:
-        parts: Of the training. The clients' results, and nothing else of it, are thrown away.
+        place: Of the training. The clients' results, and nothing else of it, are thrown away.
         client_ids: A round's clients.
         load: As of `CohortTraining`.
         state: The server's state.
@@ -60,17 +57,17 @@ def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state:
     Raises:
         ValueError: "vectorized" is asked for, but this model or these settings cannot be.
     """
-    args: FederatedArguments = parts["args"]
+    args = place.args
     if args.cohort == "loop":
         return "loop"
-    device = parts["accelerator"].device.type
+    device = place.accelerator.device.type
     if args.cohort == "auto":
         if device == "cpu" and len(client_ids) < CPU_CLIENTS:
             return "loop"
         if state.round and (kept := _read(path)).get("device") == device and kept.get("cohort") in KINDS:
             return str(kept["cohort"])
     few = replace(args, local_epochs=1, local_steps=TRIAL_STEPS)
-    trial = parts | {"args": few}
+    trial = place._replace(args=few)
     reason = _obstacle(trial, client_ids[:3], load, state)
     if args.cohort == "vectorized":
         if reason is not None:
@@ -86,10 +83,10 @@ def choose_kind(parts: Parts, client_ids: Sequence[ClientId], load: Load, state:
     return kind
 
 
-def _obstacle(parts: Parts, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> str | None:
+def _obstacle(place: Workplace, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> str | None:
     """Why clients cannot train side by side; None if they can."""
     try:
-        side_by_side = SideBySide(**parts)
+        side_by_side = SideBySide(place)
     except ValueError as error:
         return str(error)
     outcomes = list(side_by_side(client_ids, load, state))
@@ -98,12 +95,12 @@ def _obstacle(parts: Parts, client_ids: Sequence[ClientId], load: Load, state: S
 
 
 def _seconds_per_client(
-    parts: Parts, client_ids: Sequence[ClientId], load: Load, state: ServerState
+    place: Workplace, client_ids: Sequence[ClientId], load: Load, state: ServerState
 ) -> dict[str, float]:
     """Of both kinds; of one only where a chunk holds a single client."""
-    side_by_side = SideBySide(**parts)
+    side_by_side = SideBySide(place)
     some = side_by_side.chunks(client_ids)[0][:TRIAL_CLIENTS]
-    in_turn = InTurn(LocalTraining(**parts))
+    in_turn = InTurn(LocalTraining(place))
     seconds = {}
     for _ in range(2):  # the first is to warm up
         seconds["loop"] = _time(in_turn, some, load, state)
@@ -112,10 +109,10 @@ def _seconds_per_client(
     return seconds
 
 
-def _is_faster(seconds: Mapping[str, float], parts: Parts, client_ids: Sequence[ClientId]) -> bool:
+def _is_faster(seconds: Mapping[str, float], place: Workplace, client_ids: Sequence[ClientId]) -> bool:
     """Whether a round side by side is clearly faster, by its busiest process: a chunk is one process's."""
-    processes = parts["accelerator"].num_processes
-    sizes = sorted(map(len, SideBySide(**parts).chunks(client_ids)), reverse=True)
+    processes = place.accelerator.num_processes
+    sizes = sorted(map(len, SideBySide(place).chunks(client_ids)), reverse=True)
     busiest = sum(sizes[::processes])
     return MARGIN * seconds["vectorized"] * busiest < seconds["loop"] * -(-len(client_ids) // processes)
 

@@ -20,7 +20,8 @@ from floral_peft.federated.forward import LABELS
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.routing import Posterior
 from floral_peft.federated.seeding import ClientId
-from floral_peft.federated.turn import Arrival, Turn, Workplace
+from floral_peft.federated.turn import Arrival, Turn
+from floral_peft.federated.workplace import Workplace
 from floral_peft.tuner import prediction_doubt
 
 

@@ -7,18 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from floral_peft.federated.aggregation import ClientUpdate, UpdateError
-from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import Collator, Examples
+from floral_peft.federated.batches import Examples
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.cohort import Load, attempt
 from floral_peft.federated.draws import ClientGenerators
-from floral_peft.federated.forward import Forward
-from floral_peft.federated.groups import ParameterGroups, tensors_of
+from floral_peft.federated.groups import tensors_of
 from floral_peft.federated.lanes import Lane, Pack, chosen_rows, next_group, pack, stacked_batch
 from floral_peft.federated.local_steps import Pull, local_batches, norms_frozen, optimizer_groups, training_phases
 from floral_peft.federated.norms import resting_norms
@@ -28,7 +25,7 @@ from floral_peft.federated.server import PrivateState, ServerState
 from floral_peft.federated.stacked_gradients import clip_stacked, clip_steps_stacked, precondition_stacked
 from floral_peft.federated.stacked_model import Stack, StackedModel
 from floral_peft.federated.stacked_optimizer import StackedOptimizer, unserved
-from floral_peft.federated.visitor import Visitor
+from floral_peft.federated.workplace import Workplace
 from floral_peft.tuner import base_weights, factor_pairs
 
 
@@ -53,7 +50,8 @@ class SideBySide:
 
     A client that cannot take part, or a step that fails, costs nobody else: those clients are trained alone.
 
-    Args: as of `LocalTraining`.
+    Args:
+        place: The model and what belongs to it.
 
     Attributes:
         failure: What made clients train alone the last time, other than their own examples; None if nothing did.
@@ -62,24 +60,15 @@ class SideBySide:
         ValueError: The settings ask for something that cannot be done for many clients at once.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        visitor: Visitor,
-        forward: Forward,
-        groups: ParameterGroups,
-        args: FederatedArguments,
-        accelerator: Accelerator,
-        collator: Collator,
-    ) -> None:
-        self._alone = LocalTraining(model, visitor, forward, groups, args, accelerator, collator)
-        self._model = model
-        self._visitor = visitor
-        self._forward = forward
-        self._groups = groups
-        self._args = args
-        self._accelerator = accelerator
-        self._collator = collator
+    def __init__(self, place: Workplace) -> None:
+        self._alone = LocalTraining(place)
+        self._model = model = place.model
+        self._visitor = place.visitor
+        self._forward = place.forward
+        self._groups = groups = place.groups
+        self._args = args = place.args
+        self._accelerator = accelerator = place.accelerator
+        self._collator = place.collator
         self.failure: str | None = None
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(model).values())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 
 from floral_peft.federated.batches import Batch
 from floral_peft.federated.draws import ClientDraws
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.stacked_optimizer import Chosen
+from floral_peft.tuner import Substitute
 
 
 Stack = dict[str, Tensor]
@@ -31,7 +32,7 @@ class StackedModel:
     """
 
     def __init__(self, model: nn.Module, forward: Forward, accelerator: Accelerator, tensors: Stack) -> None:
-        self._scope = _Scope(model)
+        self._within = Substitute(model)
         self._model: Any = model
         self._forward = forward
         self._accelerator = accelerator
@@ -58,7 +59,8 @@ class StackedModel:
 
         def loss(wanted: Stack, others: Stack, batch: Batch, client: Tensor) -> Tensor:
             with ClientDraws(client, generators):
-                return self._within({**wanted, **others}, lambda: self._forward(batch).loss)
+                value: Tensor = self._within({**wanted, **others}, lambda: self._forward(batch).loss)
+                return value
 
         with self._accelerator.autocast():
             gradients, losses = vmap(grad_and_value(loss))(wanted, others, batch, clients)
@@ -71,17 +73,3 @@ class StackedModel:
     def mixtures(self) -> Tensor:
         """Every client's π, (clients, C), or (clients, L, C) with a router per layer."""
         return vmap(lambda tensors: self._within(tensors, self._model.mixture))(self.tensors)
-
-    def _within(self, tensors: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
-        return functional_call(self._scope, {f"model.{name}": value for name, value in tensors.items()}, (function,))
-
-
-class _Scope(nn.Module):
-    """Something to call while `functional_call` has put other tensors into the model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()

@@ -26,7 +26,7 @@ from floral_peft.federated.best import exported, note_evaluation, restore
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
 from floral_peft.federated.checks import check_callbacks, check_types
 from floral_peft.federated.cohort import CohortTraining
-from floral_peft.federated.cohort_choice import Parts, build_training, choose_kind
+from floral_peft.federated.cohort_choice import build_training, choose_kind
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, evaluate_clients, summarize
 from floral_peft.federated.forward import LossFunction
@@ -49,9 +49,10 @@ from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
 from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
-from floral_peft.federated.turn import Arrived, Turn, Workplace, with_arrival
+from floral_peft.federated.turn import Arrived, Turn, with_arrival
 from floral_peft.federated.visitor import Visitor, modes_kept
 from floral_peft.federated.visits import Private, Visits, in_groups
+from floral_peft.federated.workplace import Workplace
 
 
 logger = logging.getLogger(__name__)
@@ -382,16 +383,15 @@ class FederatedTrainer(Publishing, Personalizing):
 
     def _cohort_training(self, server: ServerState) -> CohortTraining:
         """The training that `args.cohort` asks for; the main process measures, where it is to be measured."""
-        parts: Parts = self._place._asdict()
 
         def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
             return self.dataset[client_id]["train"], self._private(client_id)
 
         def choose() -> Message:
             cohort = self._cohort(server.round + 1)
-            return choose_kind(parts, cohort, load, server, self.output_dir / "cohort.json"), {}
+            return choose_kind(self._place, cohort, load, server, self.output_dir / "cohort.json"), {}
 
-        return build_training(self.processes.on_main(choose)[0], parts)
+        return build_training(self.processes.on_main(choose)[0], self._place)
 
     def _end_round(self, server: ServerState, report: RoundReport) -> None:
         self._records.add(round_record(report))

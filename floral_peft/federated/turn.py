@@ -6,46 +6,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
 from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.batches import RESIDENT_BYTES, Batch, Collator, Examples, ordered_batches
+from floral_peft.federated.batches import RESIDENT_BYTES, Batch, Examples, ordered_batches
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.evidence import Piece, mean_losses
-from floral_peft.federated.forward import LABELS, Forward
-from floral_peft.federated.groups import ParameterGroups
+from floral_peft.federated.forward import LABELS
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
-from floral_peft.federated.visitor import Visitor
-
-
-class Workplace(NamedTuple):
-    """What local training takes.
-
-    Args:
-        model: The model, on the accelerator's device.
-        visitor: Sets the model's tensors.
-        forward: Calls the model on a batch.
-        groups: Which of its tensors are shared, clustered, private.
-        args: The run's settings.
-        accelerator: Device and autocast.
-        collator: Makes a batch from examples.
-    """
-
-    model: nn.Module
-    visitor: Visitor
-    forward: Forward
-    groups: ParameterGroups
-    args: FederatedArguments
-    accelerator: Accelerator
-    collator: Collator
+from floral_peft.federated.workplace import Workplace
 
 
 class Turn:
@@ -233,7 +209,7 @@ class Turn:
         before = ServerState.of(place.model, place.groups)
         try:
             if self.num_examples:
-                LocalTraining(*place)(self.client_id, self.dataset, self.private, before)
+                LocalTraining(place)(self.client_id, self.dataset, self.private, before)
             yield
         finally:
             place.visitor.load(self.private, before)

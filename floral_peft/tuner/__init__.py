@@ -17,6 +17,7 @@ from floral_peft.tuner.registration import register
 from floral_peft.tuner.roles import Role, parameter_roles, private_buffers
 from floral_peft.tuner.router import Router
 from floral_peft.tuner.shrinking import Ranks
+from floral_peft.tuner.substitute import Substitute
 
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Ranks",
     "Role",
     "Router",
+    "Substitute",
     "adapter_data",
     "as_columns",
     "as_factors",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from floral_peft.tuner.layers import FloralLayer, ReparametrizedBatchNorm
 from floral_peft.tuner.layers.base import has_hooks
@@ -21,6 +21,7 @@ from floral_peft.tuner.layers.conv import ConvLayer
 from floral_peft.tuner.layers.factored import FactoredLayer
 from floral_peft.tuner.roles import parameter_roles
 from floral_peft.tuner.router import Router
+from floral_peft.tuner.substitute import Substitute
 
 
 Batch = TypeVar("Batch")
@@ -57,8 +58,8 @@ class PureModels:
                 f"the model has {len(names)} active FLORAL adapters, and pure models are those of one: choose it with "
                 "model.set_adapter."
             )
-        self._scope = _Scope(model)
-        self._name = f"model.{names[0]}"
+        self._with = Substitute(model, tie_weights=False)
+        self._name = names[0]
         self._adapter = names[0].rsplit(".", 1)[-1]
         # Found once: a walk over a small model takes as long as a forward pass.
         self._modules = list(model.modules())
@@ -70,7 +71,7 @@ class PureModels:
             if isinstance(module, ReparametrizedBatchNorm) and module.holds(self._adapter):
                 places += [(f"{prefix}.floral_mean", 0), (f"{prefix}.floral_var", 0)]
         self._places: list[tuple[str, Any, int]] = [
-            (f"model.{place}.{self._adapter}", model.get_submodule(place), axis) for place, axis in places
+            (f"{place}.{self._adapter}", model.get_submodule(place), axis) for place, axis in places
         ]
         self._together = _can_batch(model)
 
@@ -150,7 +151,7 @@ class PureModels:
         return tensors | {self._name: logits.expand(-1, rows, layers, -1)}
 
     def _within(self, tensors: Mapping[str, Tensor], loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        result: Tensor = functional_call(self._scope, dict(tensors), (lambda: loss(batch),), tie_weights=False)
+        result: Tensor = self._with(tensors, lambda: loss(batch))
         return result
 
     @contextmanager
@@ -167,17 +168,6 @@ class PureModels:
 def pure_losses(model: nn.Module, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> list[Tensor]:
     """The loss of each batch under each adaptor alone, (C, ...): see [`PureModels.losses`]."""
     return PureModels(model).losses(loss, batches)
-
-
-class _Scope(nn.Module):
-    """Something to call while `functional_call` has put other tensors into the model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
 
 
 def _slices(tensor: Tensor, axis: int) -> Tensor:

@@ -33,9 +33,7 @@ def local(folder: Path, method: str = "floral", model: Any = None, **settings: A
     """Trains a client of given examples from round 1, as the trainer does."""
     made = trainer(folder, method, model, **settings)
     VISITS.enter_context(made._visit())
-    training = LocalTraining(
-        made.model, made._visitor, made._forward, made._groups, made.args, made.accelerator, made._collator
-    )
+    training = LocalTraining(made._place)
     state = ServerState.of(made.model, made._groups)
 
     def train(client_id: str = "client 0", data: Dataset | None = None, private: Any = None) -> Any:

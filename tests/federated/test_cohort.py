@@ -45,9 +45,8 @@ class Pair:
     def __init__(self, folder: Path, method: str = "floral", model: Any = None, dataset: Any = None, **settings: Any):
         made = trainer(folder, method, model, dataset or clients_of(), **settings)
         VISITS.enter_context(made._visit())
-        parts = (made.model, made._visitor, made._forward, made._groups, made.args, made.accelerator, made._collator)
         self.trainer = made
-        self.in_turn, self.side_by_side = InTurn(LocalTraining(*parts)), SideBySide(*parts)
+        self.in_turn, self.side_by_side = InTurn(LocalTraining(made._place)), SideBySide(made._place)
         self.state = ServerState.of(made.model, made._groups)
 
     def load(self, client_id: Any) -> Any:

@@ -25,15 +25,7 @@ class Chooser:
         dataset = FederatedDataset({k: examples(5, seed=k) for k in range(clients)})
         self.trainer = made = trainer(folder, "fedavg", dataset=dataset, **settings)
         self.path = folder / "cohort.json"
-        self.parts = {
-            "model": made.model,
-            "visitor": made._visitor,
-            "forward": made._forward,
-            "groups": made._groups,
-            "args": made.args,
-            "accelerator": made.accelerator,
-            "collator": made._collator,
-        }
+        self.place = made._place
 
     def load(self, client_id: Any) -> Any:
         return self.trainer.dataset[client_id]["train"], self.trainer._private(client_id)
@@ -42,7 +34,7 @@ class Chooser:
         state = ServerState.of(self.trainer.model, self.trainer._groups)
         state = ServerState(round, state.tensors)
         with self.trainer._visit():
-            return choose_kind(self.parts, list(self.trainer.dataset), self.load, state, self.path)
+            return choose_kind(self.place, list(self.trainer.dataset), self.load, state, self.path)
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, loop: float, vectorized: float) -> list[str]:
@@ -156,7 +148,7 @@ def test_bad_examples_of_the_first_clients_are_not_the_models_fault(tmp_path: Pa
 def test_a_chunk_that_leaves_other_processes_idle_must_make_up_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed(monkeypatch, 3.0, 2.0)
+    timed(monkeypatch, 3.0, 1.8)
     chooser = Chooser(tmp_path, clients=4, cohort="auto")
     assert chooser.choose() == "vectorized"
     monkeypatch.setattr(type(chooser.trainer.accelerator), "num_processes", 2)
@@ -164,13 +156,13 @@ def test_a_chunk_that_leaves_other_processes_idle_must_make_up_for_it(
 
 
 def test_the_kind_is_built_by_its_name(tmp_path: Path) -> None:
-    parts = Chooser(tmp_path).parts
-    assert isinstance(build_training("loop", parts), InTurn)
-    assert isinstance(build_training("vectorized", parts), SideBySide)
+    place = Chooser(tmp_path).place
+    assert isinstance(build_training("loop", place), InTurn)
+    assert isinstance(build_training("vectorized", place), SideBySide)
 
 
 def test_chunks_are_even(tmp_path: Path) -> None:
-    training = build_training("vectorized", Chooser(tmp_path).parts)
+    training = build_training("vectorized", Chooser(tmp_path).place)
     assert [len(chunk) for chunk in training.chunks(range(31))] == [31]
     assert [len(chunk) for chunk in training.chunks(range(100))] == [100]
     assert [len(chunk) for chunk in training.chunks(range(300))] == [100, 100, 100]
@@ -180,10 +172,10 @@ def test_chunks_are_even(tmp_path: Path) -> None:
 
 def test_a_chunk_of_large_models_holds_few_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("floral_peft.federated.side_by_side.CHUNK_BYTES", 1000)
-    parts = Chooser(tmp_path).parts
-    size = sum(parameter.numel() * 4 for parameter in parts["model"].parameters())
+    place = Chooser(tmp_path).place
+    size = sum(parameter.numel() * 4 for parameter in place.model.parameters())
     assert size * 5 > 1000
-    assert [len(chunk) for chunk in build_training("vectorized", parts).chunks(range(3))] == [1, 1, 1]
+    assert [len(chunk) for chunk in build_training("vectorized", place).chunks(range(3))] == [1, 1, 1]
 
 
 def test_a_trainer_measures_once_and_a_resumed_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
