@@ -3,8 +3,8 @@
     python benchmarks/pure.py [--json FILE]
 
 Compared, interleaved, as medians of ratios of CPU time: a router that is one-hot at each adaptor in turn (naive), the
-same from slices of the factors (loop), all adaptors as one batched computation (batched), which `PureModels` chooses
-where no convolution is adapted on a CPU, and the first-order estimate (estimate).
+same from slices of the factors (loop), and all adaptors as one batched computation (batched), which `PureModels`
+chooses where no convolution is adapted on a CPU.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def measure(base: nn.Module, shape: tuple[int, ...], adaptors: int, rank: int, r
         "naive": naive,
         "loop": lambda: loop.losses(loss, [x]),
         "batched": lambda: batched.losses(loss, [x]),
-        "estimate": lambda: loop.first_order_losses(loss, [x]),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 2):

@@ -26,9 +26,6 @@ from floral_peft.tuner.substitute import Substitute
 
 Batch = TypeVar("Batch")
 
-#: Logit, at temperature 1, of what a softmax should not choose: its weight is below a float's precision, and yet one
-#: by which a gradient can be divided.
-_HARDLY = -60.0
 #: Logit, at temperature 1, of what a softmax must not choose: its weight is 0 exactly.
 _NEVER = -1e4
 
@@ -100,43 +97,6 @@ class PureModels:
             # A layer keeps its merged weights from batch to batch.
             rows = [[self._within(part, loss, batch) for batch in held] for part in parts]
             return [torch.stack(losses) for losses in zip(*rows, strict=True)]
-
-    def first_order_losses(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> list[Tensor]:
-        """An estimate of each f_c from one pass and its backward, however many adaptors there are.
-
-            f_c ≈ f(π) + ⟨∂f/∂π, e_c − π⟩
-
-        π is the current client's mixture. Good near it: where pure models are far apart, the estimate says which way
-        to go, not how far. (The brackets are, up to a constant that no softmax sees, the gradient ∂f/∂π itself.)
-
-        Args:
-            loss: As for `losses`, but a scalar.
-            batches: The batches.
-
-        Returns:
-            For each batch the estimates, (C,).
-        """
-        settings = self._router.settings[self._adapter]
-        table = self._router.logits[self._adapter].detach()
-        row = self._router.client if len(table) > 1 else self._router.client.new_zeros(1)
-        pi = self._router.read(self._adapter, row)  # (1, L, C)
-        if len(pi) > 1:
-            raise ValueError(f"{len(pi)} clients are selected; the estimate is at one's mixture: set_client.")
-        logits = (pi.log().clamp(min=_HARDLY) * settings.temperature).requires_grad_()
-        found, top_k = [], settings.top_k
-        settings.top_k = None  # the mixture is that of the k largest already; the others are to have a gradient, too
-        try:
-            with torch.enable_grad(), _evaluating(self._modules), self._first_client():
-                for batch in batches:
-                    value = self._within({self._name: logits.expand(len(table), -1, -1)}, loss, batch)
-                    (gradient,) = torch.autograd.grad(value, logits)
-                    # A softmax's gradient is π_c (g_c − ⟨g, π⟩) / temperature: what is asked for, but for a factor.
-                    weights = torch.softmax(logits.detach() / settings.temperature, dim=-1)
-                    away = gradient * settings.temperature / weights
-                    found.append(value.detach() + away.sum(dim=(0, 1)).to(value.dtype))
-        finally:
-            settings.top_k = top_k
-        return found
 
     def _tensors(self) -> dict[str, Tensor]:
         """What differs between the pure models, stacked over them: name → (C, ...); views of the model's tensors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -162,37 +161,3 @@ def test_several_active_adapters_have_no_one_set_of_pure_models() -> None:
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"2 active FLORAL adapters.*set_adapter"):
         PureModels(model)
-
-
-@pytest.mark.parametrize("make", [perceptron, convolutional])
-@pytest.mark.parametrize("config", [{}, {"router_per_layer": True, "router_temperature": 2.0}, {"compute": "stacked"}])
-def test_the_first_order_estimate_is_the_slope_towards_each_pure_model(make: Any, config: dict[str, Any]) -> None:
-    model = make(**config).eval()
-    model.set_client(4)
-    (estimate,) = PureModels(model).first_order_losses(loss_of(model), [torch.arange(6)])
-    with torch.no_grad():
-        start = loss_of(model)(torch.arange(6))
-        pi = model.mixture()
-        temperature = model.active_peft_config.router_temperature
-        state = model.router_state_dict(4)
-        for c, step in itertools.product(range(4), [1e-4]):
-            moved = (1 - step) * pi + step * nn.functional.one_hot(torch.tensor(c), 4)
-            model.load_router_state_dict({"logits": (moved.log() * temperature).view(state["logits"].shape)}, 4)
-            slope = (loss_of(model)(torch.arange(6)) - start) / step
-            torch.testing.assert_close(estimate[c] - start, slope, rtol=2e-2, atol=2e-3)
-    assert estimate @ pi.view(-1, 4)[0] == pytest.approx(float(start)) or config.get("router_per_layer")
-
-
-def test_the_estimate_reaches_adaptors_that_the_client_does_not_use() -> None:
-    model = convolutional(router_top_k=1).eval()
-    one_hot(model, 3, 1)
-    model.set_client(3)
-    batch = [torch.arange(6)]
-    (estimate,) = PureModels(model).first_order_losses(loss_of(model), batch)
-    (exact,) = pure_losses(model, loss_of(model), batch)
-    torch.testing.assert_close(estimate[1], exact[1])
-    assert estimate.isfinite().all() and len(estimate.unique()) == 4
-    assert model.router.settings["default"].top_k == 1
-    model.set_client([1, 2])
-    with pytest.raises(ValueError, match="2 clients are selected"):
-        PureModels(model).first_order_losses(loss_of(model), batch)

@@ -10,12 +10,14 @@ UNIFORM = 0.99
 #: Before so many participations routers may well be uniform.
 PATIENCE = 5.0
 
+_TRAINED = (
+    'adaptors that start equal give routers no gradient: use router_update="posterior", or start them apart '
+    "(FloralConfig(init_std=0.3)) and raise router_learning_rate"
+)
 #: What helps, by `router_update`.
 REMEDIES = {
-    "gradient": 'adaptors that start equal give routers no gradient: use router_update="posterior", or start them '
-    "apart (FloralConfig(init_std=0.3)) and raise router_learning_rate",
-    "mirror": 'adaptors that start equal give routers no gradient: use router_update="posterior", or start them apart '
-    "(FloralConfig(init_std=0.3)) and raise router_learning_rate",
+    "gradient": _TRAINED,
+    "mirror": _TRAINED,
     "posterior": "the adaptors' losses hardly differ: raise adaptor_learning_rate or the adaptors' rank. If clients "
     "are all alike, one adaptor is enough",
 }
