@@ -1,4 +1,4 @@
-"""Which adaptors a model has in the course of a run: the server removes some of them, and a resumed run must, too."""
+"""Which adaptors a model has in the course of a run: more at first, fewer later, and a resumed run must follow."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from floral_peft.tuner import FloralModel, Ranks
 class Adaptors:
     """The adaptors of a model, by the numbers that they had when the run began.
 
+    A run begins with a search, if the routers' update asks for one: each adaptor is there in several copies, of a
+    larger rank, and they come to differ by the clients that train them. When the search ends, no more of them stay
+    than the model had, and they have its ranks again. Adaptors that nobody needs may go at any time.
+
     Args:
         model: The model.
         routers: Its routers, if it has any.
@@ -29,9 +33,12 @@ class Adaptors:
         groups: Which of them are shared, clustered, private.
         update: How clients find their routers: it says which adaptors go, and when.
         processes: Those that share the run.
+        num_clients: K.
         seed: Of what is drawn for adaptors.
 
     Attributes:
+        alive: The first numbers of those that there are.
+        wide: Whether the search goes on.
         untrained: The private tensors of a client that has not trained, but for its own router.
     """
 
@@ -43,6 +50,7 @@ class Adaptors:
         groups: ParameterGroups,
         update: RouterUpdate,
         processes: Processes,
+        num_clients: int,
         seed: int,
     ) -> None:
         self._model = model
@@ -51,26 +59,37 @@ class Adaptors:
         self._groups = groups
         self._update = update
         self._processes = processes
+        self._num_clients = num_clients
         self._seed = seed
-        self._ranks: Ranks | None = None  # those to come back to, of wide adaptors
+        self._ranks: Ranks | None = None  # those to come back to
         self.untrained: PrivateState = {}
-        self._refresh()
-        self.restart()
+        self._restart()
 
-    @property
-    def wide(self) -> bool:
-        """Whether they have the rank of the search."""
-        return self._ranks is not None
+    def begin(self) -> None:
+        """A run begins with the adaptors that the model has, and those beside them that search."""
+        self._restart()
+        self.fit(range(self._count), wide=self._count > self._most or self._too_narrow())
 
-    def restart(self) -> None:
-        """A run begins with the adaptors that the model has."""
-        self.count = 0
+    def _too_narrow(self) -> bool:
+        """Whether the search is for adaptors of a larger rank than they have."""
+        wanted = self._update.search_rank()
+        if self._most < 2 or wanted is None:
+            return False
+        ranks = _floral(self._model).ranks().layers.values()
+        return any(rank < wanted for rank in ranks)
+
+    def _restart(self) -> None:
+        self.wide = False
+        self._most = self._count = 0
         self._top_k: int | None = None
         if self._routers is not None:
-            self._routers.restart()
-            self.count = self._routers.shape[-1]
+            self._most = self._count = self._routers.shape[-1]
+            if self._most > 1:
+                self._count = self._update.search_adaptors(self._most, self._num_clients)
+            self._routers.restart(self._count)
             self._top_k = self._model.active_peft_config.router_top_k
-        self.alive = tuple(range(self.count))
+        self.alive = tuple(range(self._most))
+        self._refresh()
 
     def fit(self, alive: Sequence[int], wide: bool) -> None:
         """Make the model one of these adaptors; between visits, when it holds no client's tensors.
@@ -79,29 +98,28 @@ class Adaptors:
 
         Args:
             alive: Their first numbers.
-            wide: Whether they have the rank of the search.
+            wide: Whether they have the ranks of the search.
         """
         if self._routers is None or (tuple(alive), wide) == (self.alive, self.wide):
             return
         inside = _floral(self._model)
+        if not set(alive) <= set(self.alive):
+            inside.make_room(self._count, self._top_k)
+            self.alive = tuple(range(self._count))
         rank = self._update.search_rank()
         if wide and rank is not None and self._ranks is None:
             self._ranks = inside.widen(rank, self._seed)
         elif not wide:
             self._compress()
-        if not set(alive) <= set(self.alive):
-            inside.make_room(self.count, self._top_k)
-            self._routers.show(range(self.count))
-            self.alive = tuple(range(self.count))
         kept = [self.alive.index(number) for number in alive]
         if len(kept) < len(self.alive):
             inside.keep_adaptors(kept)
-        self.alive = tuple(alive)
+        self.alive, self.wide = tuple(alive), wide
         self._routers.show(self.alive)
         self._refresh()
 
     def after_round(self, server: ServerState) -> tuple[ServerState, dict[str, Any]]:
-        """Remove the adaptors that are to go after a round, and compress those that are to be.
+        """Remove the adaptors that are to go after a round, and end the search when it is time.
 
         Args:
             server: The server's state, which the model holds.
@@ -114,8 +132,22 @@ class Adaptors:
             found["pruned"] = told(drops, server.adaptors)
             server = self._without(server, [drop.adaptor for drop in drops])
         if server.wide and self._update.searched(server.round):
-            server, found["lost"] = self._compressed(server)
+            server, more = self.end_search(server)
+            found = {**more, "pruned": found.get("pruned", []) + more["pruned"]}
         return server, found
+
+    def end_search(self, server: ServerState) -> tuple[ServerState, dict[str, Any]]:
+        """No more adaptors stay than may, and they are compressed to the ranks that they are to have.
+
+        Args:
+            server: As of `after_round`, and so is what is returned.
+        """
+        drops = self._update.cut(server.routing, self._most)
+        pruned = told(drops, server.adaptors)
+        if drops:
+            server = self._without(server, [drop.adaptor for drop in drops])
+        server, lost = self._compressed(server)
+        return server, {"pruned": pruned, "lost": lost}
 
     def _without(self, server: ServerState, dropped: Sequence[int]) -> ServerState:
         """The server's state without some adaptors, which then are gone from the model, too."""
@@ -127,13 +159,14 @@ class Adaptors:
         return replace(server, routing=self._update.keep(server.routing, kept))
 
     def _compressed(self, server: ServerState) -> tuple[ServerState, dict[str, float]]:
-        """The server's state, which the model holds, with adaptors of the rank that they are to have; what is lost."""
+        """The server's state, which the model holds, with adaptors of the ranks that may stay; what is lost."""
         lost = self._compress(server.routing.get("usage"))
+        self.wide = False
         self._processes.copy_from_main(tensors_of(self._model).values())
         server = after_compression(server, self._model)
         self._refresh()
         self._visitor.load(self.untrained, server)
-        return replace(server, routing=self._update.compressed(server.routing, server.round)), lost
+        return replace(server, routing=self._update.settled(server.routing, server.round)), lost
 
     def _compress(self, weights: torch.Tensor | None = None) -> dict[str, float]:
         """Bring wide adaptors back to their rank. Layer → what is lost.
@@ -146,7 +179,7 @@ class Adaptors:
 
     def stored(self, private: PrivateState) -> PrivateState:
         """A client's private tensors as they are stored: see `numbered`."""
-        return numbered(private, self.alive, self.count)
+        return numbered(private, self.alive, self._count)
 
     def held(self, stored: PrivateState) -> PrivateState:
         """A client's stored private tensors over the adaptors that there are now: see `renumbered`."""

@@ -117,11 +117,19 @@ class FederatedArguments:
             "which is then factored anew. For the product it sees each client's factors, not sums alone."
         },
     )
+    search_adaptors: int | None = field(
+        default=None,
+        metadata={
+            "help": 'With router_update="posterior", there are at least so many adaptors while clients look for '
+            "theirs, until their 30th participation or half the run. Then no more than FloralConfig's num_adaptors "
+            "stay. By default 4 times as many, but not more than there are clients; 1: no more than FloralConfig says."
+        },
+    )
     search_r: int | None = field(
         default=None,
         metadata={
-            "help": 'With router_update="posterior", adaptors have at least this rank while clients look for theirs, '
-            "by their 30th participation or half the run. Then they are compressed to what FloralConfig says."
+            "help": "Meanwhile adaptors have at least this rank, 16 by default. Then they are compressed to what "
+            "FloralConfig says; 1: they have that from the start."
         },
     )
     prune_adaptors: bool = field(
@@ -209,7 +217,7 @@ class FederatedArguments:
             self._check_count(name)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             self._check_count(name)
-        for name in ("local_steps", "eval_steps", "save_steps", "save_total_limit", "search_r"):
+        for name in ("local_steps", "eval_steps", "save_steps", "save_total_limit", "search_adaptors", "search_r"):
             self._check_count(name, optional=True)
         self._check_count("seed", least=0)
         self._check_number("learning_rate")

@@ -69,7 +69,6 @@ class Routers:
         self._trains = self._table().requires_grad
         self._fixed = fixed
         self._steps = self._trains and fixed is None and not given  # whether local steps train them
-        self._start = _Rows(range(0), torch.zeros(0, *self.shape))
         self._outside: Tensor | None = None  # the table that the model held before it was visited
         self.restart()
         for client_id, cluster in (fixed or {}).items():
@@ -114,10 +113,16 @@ class Routers:
             raise ValueError("optimal_routing=True needs the true clusters: FederatedDataset(..., clusters={...}).")
         return cls(model, names[0], clusters if optimal_routing else None, given, settings)
 
-    def restart(self) -> None:
-        """All adaptors are there that the model's table is over."""
+    def restart(self, count: int | None = None) -> None:
+        """The model's table is over the first of some adaptors.
+
+        Args:
+            count: How many adaptors there may be at once from now on; by default those.
+        """
         self.shape = self._table().shape[1:]
         self._shown = list(range(self.shape[-1]))
+        self._count = self.shape[-1] if count is None else count
+        self._start = _Rows(range(0), torch.zeros(0, *self.shape))
 
     def show(self, adaptors: Sequence[int]) -> None:
         """The model's table is now over other adaptors, by the numbers that they had at the last `restart`."""
@@ -134,7 +139,10 @@ class Routers:
         A row belongs to the client of its name or, where rows have no names, of its number.
         """
         if self._fixed is None:
-            self._start = self._own_rows()
+            held = self._own_rows()
+            table = torch.zeros(*held.table.shape[:2], self._count)
+            table[..., self._shown] = held.table
+            self._start = _Rows(held.names, table)
 
     def initial(self, client_id: ClientId) -> Tensor:
         """The logits of a client that has not trained, (1, L, C): fixed, given with the model, or zero (uniform)."""

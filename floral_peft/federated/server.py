@@ -32,7 +32,7 @@ class ServerState:
         optimizer: The server optimiser's state of each parameter.
         routing: What the router's update remembers: sums over clients, float64 on the CPU.
         adaptors: The adaptors that there are, by the numbers that they had when the run began.
-        wide: Whether they have a larger rank than they are to have: see [`RouterUpdate.search_rank`].
+        wide: Whether clients still look for theirs among more of them, or of a larger rank, than may stay.
     """
 
     round: int

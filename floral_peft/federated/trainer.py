@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -139,12 +140,12 @@ class FederatedTrainer(Publishing, Personalizing):
             model, dataset.clusters, args.optimal_routing, args.stateless, given, self._update.settings
         )
         self._visitor = Visitor(model, self._groups)
-        if self._routers is not None:
-            self._routers.remember()
         start = derive_seed(args.seed, "adaptors")
         self._adaptors = Adaptors(
-            model, self._routers, self._visitor, self._groups, self._update, self.processes, start
+            model, self._routers, self._visitor, self._groups, self._update, self.processes, len(dataset), start
         )
+        if self._routers is not None:
+            self._routers.remember()
         self._visits = Visits(self.processes, dataset)
         self._place = Workplace(
             model, self._visitor, self._forward, self._groups, settled, self.accelerator, self._collator
@@ -323,8 +324,9 @@ class FederatedTrainer(Publishing, Personalizing):
 
         def train(cohort: Sequence[ClientId], state: ServerState) -> Iterator[tuple[ClientId, Outcome]]:
             split = None if self.args.local_steps else "train"
+            lots = self._lots(cohort, state.round + 1)
             for private in self._visits.together(training.chunks(cohort), self._private, split):
-                yield from self._train_clients(training, private, state, clock)
+                yield from self._train_clients(training, private, lots, state, clock)
 
         self._event("on_train_begin")
         while self._round < self.args.rounds and not self.control.should_training_stop:
@@ -350,17 +352,26 @@ class FederatedTrainer(Publishing, Personalizing):
                 self._rest(server)
             reports.append(report)
             self._end_round(server, report)
+        if server.wide:  # a callback has stopped the training; its checkpoint can still go on with the search
+            server, _ = self._adaptors.end_search(server)
+            self.client_metrics = {}
+            self._rest(server)
         if self.args.load_best_model_at_end and self.state.best_global_step is not None:
             self._take_best(self.state.best_global_step)
         self._event("on_train_end")
         return reports
 
     def _train_clients(
-        self, training: CohortTraining, private: Mapping[ClientId, Private], state: ServerState, clock: Stopwatch
+        self,
+        training: CohortTraining,
+        private: Mapping[ClientId, Private],
+        lots: Mapping[ClientId, int],
+        state: ServerState,
+        clock: Stopwatch,
     ) -> Iterator[tuple[ClientId, Outcome]]:
         """What comes of the training of clients that train together."""
         found: dict[ClientId, Arrived] = {}
-        turns = self._turns(private, state)
+        turns = self._turns(private, state, lots)
         if self._arrivals.shared:
             clock.lap("route")
 
@@ -400,7 +411,8 @@ class FederatedTrainer(Publishing, Personalizing):
             self._log(round_logs(report))
         # A callback may make any round the last.
         if self.control.should_evaluate or (self.control.should_training_stop and self.args.eval_steps):
-            best = note_evaluation(self.args, self.state, self.evaluate())
+            found = self.evaluate()
+            best = not server.wide and note_evaluation(self.args, self.state, found)
             self.control.should_save |= best and self.args.load_best_model_at_end
         if self.control.should_save or (self.control.should_training_stop and self.args.save_steps):
             self._save(server)
@@ -430,6 +442,13 @@ class FederatedTrainer(Publishing, Personalizing):
         chosen = rng.choice(len(ids), self._cohort_size, replace=False, shuffle=False)
         return [ids[index] for index in np.sort(chosen)]
 
+    def _lots(self, cohort: Sequence[ClientId], round: int) -> dict[ClientId, int]:
+        """A number for each client of a round: they go on from the round before, in an order that is drawn."""
+        order = np.random.default_rng(derive_seed(self.args.seed, "lots", round)).permutation(len(cohort))
+        return {
+            client_id: (round - 1) * self._cohort_size + int(n) for client_id, n in zip(cohort, order, strict=True)
+        }
+
     def _private(self, client_id: ClientId) -> PrivateState:
         """A client's private tensors: as it stored them, or those with which it starts."""
         stored = None if self.args.stateless else self._store.get(client_id)
@@ -449,20 +468,25 @@ class FederatedTrainer(Publishing, Personalizing):
         private: PrivateState,
         state: ServerState | None = None,
         resident: int = RESIDENT_BYTES,
+        lot: int = 0,
     ) -> Turn:
         """A client at the model; without the server's state, the model holds it already."""
         dataset = self.dataset[client_id]["train"]
-        return Turn(self._place, self._routers, client_id, dataset, private, self._round, state, resident)
+        return Turn(self._place, self._routers, client_id, dataset, private, self._round, state, resident, lot)
 
     def _turns(
-        self, private: Mapping[ClientId, Private], state: ServerState | None = None
+        self,
+        private: Mapping[ClientId, Private],
+        state: ServerState | None = None,
+        lots: Mapping[ClientId, int] = MappingProxyType({}),
     ) -> Callable[[ClientId], Turn]:
         """Gives the turns of clients that come together, each once; they know what could be found for all at once."""
         held: dict[ClientId, Turn] = {}
 
         def turn(client_id: ClientId) -> Turn:
             resident = RESIDENT_BYTES // len(private)
-            return held.pop(client_id, None) or self._turn(client_id, private[client_id](), state, resident)
+            lot = lots.get(client_id, 0)
+            return held.pop(client_id, None) or self._turn(client_id, private[client_id](), state, resident, lot)
 
         if self._arrivals.shared and len(private) > 1:
             for client_id in private:
@@ -517,13 +541,12 @@ class FederatedTrainer(Publishing, Personalizing):
 
     def _first_state(self, wanted: str | Path | bool | None) -> ServerState:
         """The server's state with which training begins: a checkpoint's, or what the model holds."""
-        memory = self._update.start(self._routers.shape[-1]) if self._routers is not None else {}
         mine = self._identity
         if not wanted:
-            self._adaptors.restart()
-            self._adaptors.fit(self._adaptors.alive, self._update.search_rank() is not None)
+            self._adaptors.begin()
         else:
             self._adaptors.fit(*self.processes.on_main(lambda: (self._folder.adaptors(wanted, mine), {}))[0])
+        memory = self._update.start(self._routers.shape[-1]) if self._routers is not None else {}
         held = ServerState.of(self.model, self._groups, memory, self._adaptors.alive, self._adaptors.wide)
 
         def read() -> Message:

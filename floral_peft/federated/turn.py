@@ -36,6 +36,8 @@ class Turn:
         round: The rounds done.
         state: The server's state, in training; None in evaluation, where the model holds it already.
         resident: Training examples of up to this many bytes are held in memory as a whole.
+        lot: What has been drawn for the client: clients that train for the first time have numbers that follow one
+            another, in random order.
 
     Attributes:
         memory: What the server remembers of the routers, in training.
@@ -55,6 +57,7 @@ class Turn:
         round: int,
         state: ServerState | None = None,
         resident: int = RESIDENT_BYTES,
+        lot: int = 0,
     ) -> None:
         self._place = place
         self._routers = routers
@@ -62,6 +65,7 @@ class Turn:
         self.dataset = dataset
         self._state = state
         self.round = round
+        self.lot = lot
         self.memory: Mapping[str, Tensor] = {} if state is None else state.routing
         self.real_labels: int | None = None
         self.private = private

@@ -70,7 +70,10 @@ class Shrinking:
             config.router_top_k = min(config.router_top_k, len(kept))
 
     def make_room(self, num_adaptors: int, router_top_k: int | None = None, adapter_name: str | None = None) -> None:
-        """Undo `keep_adaptors` but for the values, which are then to be loaded: all adaptors are the first one.
+        """Raise the number of adaptors: each new one is a copy of one of those that there are, in turn.
+
+        Clients' routers are copied, too: where all adaptors have as many copies, these share the weight of theirs, and
+        every client's model stays what it was.
 
         Args:
             num_adaptors: how many there are to be.
@@ -79,7 +82,7 @@ class Shrinking:
         """
         name = self._adapter(adapter_name)
         self._check_not_merged("add adaptors")
-        copies = torch.zeros(num_adaptors, dtype=torch.int64)
+        copies = torch.arange(num_adaptors) % self.peft_config[name].num_adaptors
         for layer in self._layers():
             if layer.holds(name):
                 layer.keep_adaptors(name, copies)
@@ -132,6 +135,19 @@ class Shrinking:
         config.r, config.budget, config.rank_pattern = wanted.r, wanted.budget, wanted.rank_pattern
         return lost
 
+    def ranks(self, adapter_name: str | None = None) -> Ranks:
+        """An adapter's ranks.
+
+        Args:
+            adapter_name: the adapter; by default, the first active one.
+        """
+        name = self._adapter(adapter_name)
+        config = self.peft_config[name]
+        layers = [layer for layer in self._layers() if isinstance(layer, FactoredLayer) and layer.holds(name)]
+        return Ranks(
+            config.r, config.budget, dict(config.rank_pattern), {layer.name: layer.r[name] for layer in layers}
+        )
+
     @torch.no_grad()
     def widen(self, r: int, seed: int, adapter_name: str | None = None) -> Ranks:
         """Raise the rank of all adaptors to `r`, where it is lower. The model stays what it was: new terms are zero.
@@ -147,13 +163,12 @@ class Shrinking:
         name = self._adapter(adapter_name)
         config = self.peft_config[name]
         self._check_not_merged("raise its adaptors' rank")
-        before = Ranks(config.r, config.budget, dict(config.rank_pattern))
+        before = self.ranks(name)
         layers = [layer for layer in self._layers() if isinstance(layer, FactoredLayer) and layer.holds(name)]
         config.r, config.budget, config.rank_pattern = r, None, {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for layer in layers:
-                before.layers[layer.name] = layer.r[name]
                 if layer.r[name] < r:
                     layer.set_factors(name, *layer.with_rank(name, config, r))
                 elif layer.r[name] > r:

@@ -29,7 +29,7 @@ class PrunesEarly(Posterior):
         return {2: [Drop(1, "dead", 0.0)], 3: [Drop(0, "dispensable", 0.2, 2, 0.1)]}.get(round, [])
 
 
-SETTINGS: dict[str, Any] = {"router_update": "prunes early", "rounds": 5, "clients_per_round": 2}
+SETTINGS: dict[str, Any] = {"router_update": "prunes early", "rounds": 5, "clients_per_round": 2, "search_r": 1}
 
 
 def started(**config: Any) -> Any:

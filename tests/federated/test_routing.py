@@ -22,7 +22,7 @@ from floral_peft.federated.seeding import derive_seed
 from .clients import examples, floral_net, net, tensors, trainer
 
 
-POSTERIOR: dict[str, Any] = {"router_update": "posterior"}
+POSTERIOR: dict[str, Any] = {"router_update": "posterior", "search_adaptors": 1, "search_r": 1}
 
 
 def started(**config: Any) -> Any:
@@ -62,9 +62,17 @@ def test_a_client_is_evaluated_with_the_posterior_given_its_examples(
         assert torch.allclose(mixture, torch.softmax(-count * losses, dim=0), atol=1e-4)
 
 
-def assigned(client_id: str) -> Tensor:
-    adaptor = derive_seed(42, "adaptor", client_id) % 2
+def dealt(run: Any, client_id: str) -> Tensor:
+    """θ of a client that comes for the first time, in the first round."""
+    adaptor = run._lots(list(run.dataset), 1)[client_id] % 2
     return schedule.ASSIGNED * nn.functional.one_hot(torch.tensor(adaptor), 2).float()
+
+
+def test_every_adaptor_is_dealt_out_to_as_many_clients(tmp_path: Path) -> None:
+    run = trainer(tmp_path, clients_per_round=2)
+    lots = [run._lots(["client 0", "client 3"], round) for round in (1, 2)]
+    assert [sorted(numbers.values()) for numbers in lots] == [[0, 1], [2, 3]]
+    assert {run._lots(["a", "b"], round)["a"] % 2 for round in range(9)} == {0, 1}
 
 
 def visited(run: Any, client_id: str, theta: Tensor) -> Tensor:
@@ -81,7 +89,7 @@ def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_o
     run.train()
     for client_id in run.dataset:
         kept = run._store.get(client_id)[run._routers.name].flatten()
-        expected = visited(run, client_id, visited(run, client_id, assigned(client_id)))
+        expected = visited(run, client_id, visited(run, client_id, dealt(run, client_id)))
         assert torch.allclose(kept, expected, atol=1e-3)
 
 
@@ -91,7 +99,7 @@ def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path) -> None:
     memory = json.loads((tmp_path / "checkpoint-2/server/state.json").read_bytes())["routing"]
     usage = torch.zeros(2, dtype=torch.float64)
     sums = torch.zeros(2, 2, dtype=torch.float64)
-    theta = {client_id: assigned(client_id) for client_id in run.dataset}
+    theta = {client_id: dealt(run, client_id) for client_id in run.dataset}
     for round in range(2):
         handicap = balance(usage, schedule.BALANCE * (1 - round / schedule.BALANCED))
         usage, sums = (schedule.server_decay(1.0) * value for value in (usage, sums))

@@ -11,7 +11,7 @@ from torch import Tensor
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.routing import schedule
 from floral_peft.federated.routing.balance import balance
-from floral_peft.federated.routing.prune import Drop, prune, regrets
+from floral_peft.federated.routing.prune import Drop, cut, prune, regrets
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
@@ -30,8 +30,11 @@ class Posterior(RouterUpdate):
 
     Squared errors become likelihoods first: see [`as_log_likelihoods`].
 
-    Adaptors may start equal, and a pretrained model undisturbed: at its first visits a client favours an adaptor that
-    is drawn for it, and so adaptors come to differ.
+    Adaptors may start equal, and a pretrained model undisturbed: at its first visit a client favours an adaptor that
+    is dealt out to it, and so adaptors come to differ. None is left out: those that nobody trained would stay equal,
+    and together draw everybody.
+
+    Clients look for theirs among more adaptors than may stay, and of a larger rank: see [`Adaptors`].
 
     The server learns, beside the aggregate, three sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f_k,
     and how many clients' best adaptor has changed. It remembers the first two with a fading memory, as U and N. By
@@ -92,15 +95,25 @@ class Posterior(RouterUpdate):
             return []
         return prune(memory["usage"], memory["losses"])
 
-    def search_rank(self) -> int | None:
-        """`search_r`."""
-        return self.args.search_r
+    def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:
+        """`search_adaptors`; by default four times as many as may stay, but one for each client is enough."""
+        if self.args.search_adaptors is not None:
+            return max(num_adaptors, self.args.search_adaptors)
+        return max(num_adaptors, min(schedule.SEARCH_ADAPTORS * num_adaptors, num_clients))
+
+    def search_rank(self) -> int:
+        """`search_r`; by default enough for clusters that differ in much."""
+        return schedule.SEARCH_RANK if self.args.search_r is None else self.args.search_r
 
     def searched(self, round: int) -> bool:
         """Once clients have had the time to find their adaptors."""
         return round >= schedule.searched_rounds(self._pace, self.args.rounds)
 
-    def compressed(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+    def cut(self, memory: Mapping[str, Tensor], most: int) -> list[Drop]:
+        """The least regretted."""
+        return cut(memory["usage"], memory["losses"], most)
+
+    def settled(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
         """Clients stay with their adaptors for a while."""
         until = torch.tensor([round + schedule.SETTLED / self._pace], dtype=torch.float64)
         return {**memory, "settled until": until}
@@ -128,9 +141,7 @@ class Posterior(RouterUpdate):
         before = turn.private[routers.name]  # (1, L, C)
         chosen = _chooses(before)
         if turn.training and not chosen and done < schedule.BALANCED:
-            before = self._given(
-                before, derive_seed(self.args.seed, "adaptor", turn.client_id) % before.shape[-1], turn
-            )
+            before = self._given(before, turn.lot % before.shape[-1], turn)
         early = turn.training and done < schedule.BALANCED
         count = min(len(others), schedule.EARLY_EXAMPLES) if early else len(others)
         kept = routers.less(schedule.CLIENT_MEMORY * before, count * losses)

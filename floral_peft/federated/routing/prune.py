@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Drop:
 
     Args:
         adaptor: Its number.
-        why: "dead" or "dispensable".
+        why: "dead", "dispensable", or "bound": more were left at the end of the search than may stay.
         share: The share of the clients that used it.
         instead: The adaptor with which its users lose least; None for a dead one.
         regret: What they lose with it, by `regrets`; None for a dead one.
@@ -92,17 +92,42 @@ def prune(usage: Tensor, losses: Tensor) -> list[Drop]:
             drops.append(Drop(adaptor, "dead", float(shares[adaptor])))
             alive.remove(adaptor)
     for _ in range(max(1, int(MOST_AT_ONCE * len(alive)))):
-        if len(alive) <= FEWEST:
+        found = _least_regretted(usage, losses, alive)
+        if found is None or found.regret is None or found.regret >= LEAST_REGRET:
             break
-        chosen = torch.tensor(alive)
-        found = regrets(usage[chosen], losses[chosen][:, chosen]).fill_diagonal_(torch.inf)
-        first, second = divmod(int(found.argmin()), len(alive))
-        if not float(found[first, second]) < LEAST_REGRET:
-            break
-        mutual = float(found[second, first]) < LEAST_REGRET
-        if mutual and float(usage[chosen[second]]) < float(usage[chosen[first]]):
-            first, second = second, first
-        adaptor, instead = alive[first], alive[second]
-        drops.append(Drop(adaptor, "dispensable", float(shares[adaptor]), instead, float(found[first, second])))
-        alive.remove(adaptor)
+        drops.append(found)
+        alive.remove(found.adaptor)
     return drops
+
+
+def cut(usage: Tensor, losses: Tensor, most: int) -> list[Drop]:
+    """The adaptors that go so that no more than so many are left, in the order in which they do: the least regretted.
+
+    Args:
+        usage: U, (C,).
+        losses: N, (C, C).
+        most: How many may stay, 1 or more.
+    """
+    alive, drops = list(range(len(usage))), []
+    while len(alive) > most and (found := _least_regretted(usage, losses, alive)) is not None:
+        drops.append(replace(found, why="bound"))
+        alive.remove(found.adaptor)
+    return drops
+
+
+def _least_regretted(usage: Tensor, losses: Tensor, alive: list[int]) -> Drop | None:
+    """Of several adaptors that one whose users lose least with another; None where there is but one.
+
+    Of two that are dispensable for each other it is the less used.
+    """
+    if len(alive) <= FEWEST:
+        return None
+    chosen = torch.tensor(alive)
+    found = regrets(usage[chosen], losses[chosen][:, chosen]).fill_diagonal_(torch.inf)
+    first, second = divmod(int(found.argmin()), len(alive))
+    mutual = float(found[second, first]) < LEAST_REGRET
+    if mutual and float(usage[chosen[second]]) < float(usage[chosen[first]]):
+        first, second = second, first
+    adaptor, instead = alive[first], alive[second]
+    share = float(usage[adaptor] / usage.sum())
+    return Drop(adaptor, "dispensable", share, instead, float(found[first, second]))

@@ -37,7 +37,10 @@ ASSIGNED = 20.0
 HELD_OUT = 30.0
 HELD_OUT_SHARE = 10
 HELD_OUT_EXAMPLES = 10
-#: After so many participations adaptors of `search_r` are compressed, if half of the run is not over before.
+#: Clients look for theirs among so many times as many adaptors as there are to be, of so large a rank at least,
+SEARCH_ADAPTORS = 4
+SEARCH_RANK = 16
+#: until after so many participations only those stay that may, compressed, if half of the run is not over before.
 SEARCHED = 30.0
 #: After a compression clients stay with their best adaptor for so many participations, until it is itself again.
 SETTLED = 10.0
@@ -68,7 +71,7 @@ def server_decay(pace: float) -> float:
 
 
 def searched_rounds(pace: float, rounds: int) -> float:
-    """After how many rounds adaptors of `search_r` are compressed.
+    """After how many rounds the search ends.
 
     Args:
         pace: See [`pace`].

@@ -21,9 +21,10 @@ class RouterUpdate:
 
     A subclass changes what it needs: settings of the run that the user has left open (`settle`), how mixtures are
     computed while clients train (`settings`), what a client does with its examples before its local steps (`arrival`),
-    what the server remembers from round to round (`start`, `absorb`) of what clients tell it (`sums`), and which
-    adaptors it then removes (`prune`, `keep`), or when it compresses them (`searched`). The server learns of routers
-    weighted sums over the cohort only, which secure aggregation could carry; a client's logits never leave it.
+    what the server remembers from round to round (`start`, `absorb`) of what clients tell it (`sums`), which adaptors
+    it then removes (`prune`, `keep`), and how widely it searches at first (`search_adaptors`, `search_rank`,
+    `searched`, `cut`). The server learns of routers weighted sums over the cohort only, which secure aggregation could
+    carry; a client's logits never leave it.
 
     Args:
         args: The run's settings.
@@ -85,16 +86,34 @@ class RouterUpdate:
         """
         return []
 
+    def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:
+        """How many adaptors there are while clients look for theirs.
+
+        Args:
+            num_adaptors: How many there may be afterwards.
+            num_clients: K.
+        """
+        return num_adaptors
+
     def search_rank(self) -> int | None:
-        """The least rank that adaptors have at first; None: what they have."""
+        """The least rank that they have meanwhile; None: what they have."""
         return None
 
     def searched(self, round: int) -> bool:
-        """Whether adaptors that were given a larger rank are compressed after a round, if they still have it."""
+        """Whether a search that is still going on ends after a round."""
         return False
 
-    def compressed(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
-        """What the server remembers once adaptors are compressed after a round."""
+    def cut(self, memory: Mapping[str, Tensor], most: int) -> list[Drop]:
+        """Which adaptors go at the end of the search, by their present numbers.
+
+        Args:
+            memory: What the server remembers.
+            most: How many may stay.
+        """
+        return []
+
+    def settled(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+        """What the server remembers once the search has ended after a round."""
         return dict(memory)
 
     def regrets(self, memory: Mapping[str, Tensor]) -> Tensor | None:

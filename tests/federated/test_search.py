@@ -1,0 +1,190 @@
+"""Clients look for theirs among more adaptors than may stay, of a larger rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from floral_peft.federated.routing import schedule
+
+from .clients import floral_net, tensors, trainer
+
+
+SETTINGS: dict[str, Any] = {
+    "router_update": "posterior",
+    "search_r": 3,
+    "search_adaptors": 5,
+    "rounds": 6,
+    "prune_adaptors": False,
+}
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, round: int) -> None:
+        self._round = round
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop |= state.global_step == self._round
+        return control
+
+
+def run(folder: Path, model: Any = None, resume: bool = False, **settings: Any) -> Any:
+    made = trainer(folder, model=model or floral_net(r=1, num_adaptors=3), **(SETTINGS | settings))
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def ranks(model: Any) -> set[int]:
+    return {value.shape[1] for name, value in model.named_parameters() if "floral_A" in name}
+
+
+def test_widened_adaptors_leave_the_model_what_it_was_and_come_back_without_loss() -> None:
+    model = floral_net(r=2, init_std=0.5, rank_pattern={"2": 4})
+    before, points = model.active_peft_config.to_dict(), torch.randn(5, 4)
+    outputs = model(points)
+    former = model.base_model.widen(3, seed=1)
+    assert torch.allclose(model(points), outputs, atol=1e-6)
+    assert ranks(model) == {3, 4} and model.active_peft_config.r == 3
+    assert all(value < 1e-5 for value in model.base_model.narrow(former).values())
+    assert torch.allclose(model(points), outputs, atol=1e-5)
+    assert ranks(model) == {2, 4} and model.active_peft_config.to_dict() == before
+
+
+def test_adaptors_are_compressed_half_way_and_the_records_say_what_is_lost(tmp_path: Path) -> None:
+    made = run(tmp_path, search_adaptors=3)
+    lost = {record["round"]: record["lost"] for record in made.records}
+    assert [round for round, layers in lost.items() if layers] == [3]
+    assert all(0 < value < 1 for value in lost[3].values()) and len(lost[3]) == 2
+    assert ranks(made.model) == {1} and made.model.active_peft_config.r == 1
+    sent = [record["bytes_up"] for record in made.records]
+    assert len(set(sent)) == 2 and sent[3] < sent[2]
+
+
+def test_a_long_run_compresses_at_the_thirtieth_participation() -> None:
+    assert schedule.searched_rounds(pace=0.1, rounds=1500) == 300
+    assert schedule.searched_rounds(pace=1.0, rounds=60) == 30
+    assert schedule.searched_rounds(pace=0.1, rounds=100) == 50
+
+
+def test_clients_stay_with_their_adaptor_after_a_compression(tmp_path: Path) -> None:
+    made = run(tmp_path, rounds=8, learning_rate=0.5)
+    assert all(record["switches"] == 0 for record in made.records[4:])
+    logits = made._private("client 0")[made._routers.name].flatten()
+    assert sorted(logits.tolist()) == [0.0, 0.0, schedule.ASSIGNED]
+
+
+@pytest.mark.parametrize("until", [2, 3, 4])
+def test_a_run_goes_on_from_a_checkpoint_before_or_after_the_compression(tmp_path: Path, until: int) -> None:
+    adam: dict[str, Any] = {"server_optimizer": "adam", "server_learning_rate": 0.01, "save_steps": 1}
+    whole = run(tmp_path / "whole", **adam)
+    first = trainer(tmp_path / "parts", model=floral_net(r=1, num_adaptors=3), **(SETTINGS | adam))
+    first.callback_handler.add_callback(StopAfter(until))
+    first.train()
+    resumed = run(tmp_path / "parts", resume=True, **adam)
+    held = tensors(resumed.model)
+    for name, value in tensors(whole.model).items():
+        assert torch.equal(value, held[name]), name
+
+
+def test_the_best_model_is_one_that_the_user_asked_for(tmp_path: Path) -> None:
+    made = run(tmp_path, eval_steps=1, load_best_model_at_end=True, learning_rate=0.0)
+    assert made.state.best_global_step == 3
+    assert_asked_for(made)
+    made.publish(tmp_path / "published")
+    assert json.loads((tmp_path / "published/adapter_config.json").read_text())["num_adaptors"] == 3
+
+
+def assert_asked_for(made: Any, num_adaptors: int = 3) -> None:
+    config = made.model.active_peft_config
+    assert (config.num_adaptors, config.r) == (num_adaptors, 1)
+    assert ranks(made.model) == {1} and made.mixtures()[1].shape == (4, num_adaptors)
+
+
+def test_at_the_end_of_the_search_no_more_adaptors_are_left_than_may_stay(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    assert [len(record["adaptors"]) for record in made.records] == [5, 5, 5, 3, 3, 3]
+    gone = made.records[2]["pruned"]
+    assert [drop["why"] for drop in gone] == ["bound", "bound"]
+    assert {drop["adaptor"] for drop in gone} | set(made.records[3]["adaptors"]) == set(range(5))
+    assert_asked_for(made)
+
+
+def test_more_adaptors_leave_every_clients_model_what_it_was() -> None:
+    model = floral_net(num_adaptors=2, init_std=0.5, num_clients=3, router_top_k=None)
+    model.set_routers(torch.randn(3, 1, 2))
+    points = torch.randn(5, 4)
+    before = [model(points, client_ids=torch.full((5,), k)) for k in range(3)]
+    model.base_model.make_room(6)
+    for k in range(3):
+        assert torch.allclose(model(points, client_ids=torch.full((5,), k)), before[k], atol=1e-6)
+    assert model.active_peft_config.num_adaptors == 6
+
+
+def test_routers_that_clients_bring_along_are_kept_by_the_copies(tmp_path: Path) -> None:
+    model = floral_net(
+        r=1, num_adaptors=2, init_std=0.5, num_clients=4, client_names=[f"client {k}" for k in range(4)]
+    )
+    routers = torch.randn(4, 1, 2)
+    model.set_routers(routers, [f"client {k}" for k in range(4)])
+    made = trainer(tmp_path, model=model, **(SETTINGS | {"search_adaptors": 4, "rounds": 1}))
+    made._first_state(None)
+    with made._visit():
+        assert made._private("client 2")[made._routers.name].flatten().tolist() == routers[2].flatten().tolist() * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_adaptors", "rank", "searching"),
+    [
+        ({}, 4, 16, True),  # four times two, but not more than there are clients
+        ({"search_adaptors": 7}, 7, 16, True),
+        ({"search_adaptors": 1}, 2, 16, True),
+        ({"search_r": 1}, 4, 1, True),
+        ({"search_adaptors": 2, "search_r": 1}, 2, 1, False),
+        ({"router_update": "gradient"}, 2, 1, False),
+        ({"optimal_routing": True}, 2, 1, False),
+    ],
+)
+def test_how_wide_a_search_is(
+    tmp_path: Path, settings: dict[str, Any], num_adaptors: int, rank: int, searching: bool
+) -> None:
+    made = trainer(tmp_path, model=floral_net(r=1), **({"router_update": "posterior"} | settings))
+    state = made._first_state(None)
+    assert len(state.adaptors) == made.model.active_peft_config.num_adaptors == num_adaptors
+    assert ranks(made.model) == {rank} and state.wide is searching
+
+
+def test_one_adaptor_has_nothing_to_be_found(tmp_path: Path) -> None:
+    made = trainer(tmp_path, model=floral_net(r=1, num_adaptors=1), router_update="posterior")
+    made.train()
+    assert ranks(made.model) == {1} and made.model.active_peft_config.num_adaptors == 1
+
+
+def test_a_training_that_is_stopped_in_the_search_ends_it_but_its_checkpoint_goes_on(tmp_path: Path) -> None:
+    parts: dict[str, Any] = SETTINGS | {"save_steps": 1}
+    made = trainer(tmp_path, model=floral_net(r=1, num_adaptors=3), **parts)
+    made.callback_handler.add_callback(StopAfter(2))
+    made.train()
+    assert_asked_for(made)
+    made.evaluate()
+    resumed = run(tmp_path, resume=True, **parts)
+    assert [len(record["adaptors"]) for record in resumed.records if record["event"] == "round"] == [5, 5, 5, 3, 3, 3]
+    assert_asked_for(resumed)
+
+
+def test_a_trainer_searches_again_from_what_it_has_found(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    made.args.overwrite_output_dir = True
+    made.train()
+    assert_asked_for(made)
+
+
+def test_clients_side_by_side_find_the_same(tmp_path: Path) -> None:
+    loop, vectorized = (run(tmp_path / cohort, cohort=cohort, rounds=4) for cohort in ("loop", "vectorized"))
+    held = tensors(vectorized.model)
+    for name, value in tensors(loop.model).items():
+        assert torch.allclose(value, held[name], atol=1e-3), name
