@@ -38,9 +38,10 @@ class FloralConfig(PeftConfig):
         alpha (`float`):
             s, a plain factor of the mixture (not divided by the rank).
         target_modules (`list[str]` or `str`, *optional*):
-            Names (or their endings) of the layers to adapt, a regular expression, or `"all-linear"`. `None`, for
-            transformers' models: PEFT's choice for LoRA, or one of the same kind where PEFT has none (`targets.py`):
-            queries and values of attention, all convolutions of a ResNet.
+            Names (or their endings) of the layers to adapt, a regular expression, or `"all-linear"`: by PEFT's rule
+            all but a language model's head and what `modules_to_save` names. `None`, for transformers' models: PEFT's
+            choice for LoRA, or one of the same kind where PEFT has none (`targets.py`): queries and values of
+            attention, all convolutions of a ResNet.
         exclude_modules (`list[str]` or `str`, *optional*):
             Layers to leave alone, by the same rules.
         modules_to_save (`list[str]`, *optional*):

@@ -99,6 +99,29 @@ class FusedConv(torch.autograd.Function):
         )
 
 
+def conv_by_example(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, beta: Tensor | None, w: Tensor, stage: Stage
+) -> Tensor:
+    """Each example under a merged kernel of its own, as the groups of one convolution. Not for autograd.
+
+    On large images with few channels a kernel is small beside what it is used on. Arguments as of [`FusedConv`], but
+    w is (batch, C) and `stage` the layer's own.
+
+    Returns:
+        (batch, out, ...).
+    """
+    second = b.unsqueeze(0) * w.view(len(w), 1, w.shape[1], *[1] * (b.dim() - 2))  # (batch, out, C, r, *k₂)
+    kernels = composed_kernel(a.flatten(0, 1), second.flatten(0, 1).flatten(1, 2))
+    kernels.view(len(x), *weight.shape).add_(weight)
+    shift = bias
+    if beta is not None:
+        shift = w.mm(beta) if bias is None else torch.addmm(bias, w, beta)
+    shift = None if shift is None else shift.expand(len(x), -1).reshape(-1)
+    one = x.reshape(1, -1, *x.shape[2:])
+    result = torch.convolution(one, kernels, shift, *stage, False, [0] * len(stage.stride), len(x))
+    return result.view(len(x), -1, *result.shape[2:])
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stage: Stage) -> Tensor:
     return torch.convolution(x, weight, bias, *stage, False, [0] * len(stage.stride), 1)
 

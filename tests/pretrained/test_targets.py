@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoModel
 
@@ -14,7 +14,7 @@ from floral_peft import FloralConfig
 from floral_peft.tuner import FloralLayer
 from floral_peft.tuner.targets import TARGET_MODULES
 
-from .models import floral
+from .models import KINDS, floral
 
 
 OURS = sorted(set(TARGET_MODULES) - set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING))
@@ -63,3 +63,23 @@ def test_all_linear_leaves_the_head_alone(kind: str) -> None:
     names = adapted(floral(kind, target_modules="all-linear"))
     assert len(names) >= 12
     assert not any(name.endswith(("lm_head", "classifier")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("more", "left_alone"),
+    [
+        ({}, False),
+        ({"modules_to_save": ["classifier"]}, True),
+        ({"exclude_modules": ["classifier"]}, True),
+        ({"task_type": "SEQ_CLS"}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_all_linear_takes_a_head_along_as_lora_does_unless_it_is_trained_whole_or_excluded(
+    kind: str, more: dict[str, Any], left_alone: bool
+) -> None:
+    ours = floral(kind, **{"task_type": None, "target_modules": "all-linear", **more})
+    lora: Any = get_peft_model(KINDS[kind][0](), LoraConfig(target_modules="all-linear", **more))
+    assert ours.targeted_module_names == lora.targeted_module_names
+    assert ("classifier" in ours.targeted_module_names) is not left_alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from floral_peft import FloralConfig
 from floral_peft.tuner.fused import MergedLinear, StackedLinear
-from floral_peft.tuner.fused_conv import FusedConv, Stage
+from floral_peft.tuner.fused_conv import FusedConv, Stage, conv_by_example
+from floral_peft.tuner.layers import conv
 
 from .models import get_peft_model
 from .reference import mixed_layer, randomize, relative_error
@@ -108,6 +110,32 @@ def test_other_convolutions_equal_the_reference(
 ) -> None:
     torch.manual_seed(0)
     assert_agrees(adapt(layer, r=2, conv_split=split, compute=compute), torch.randn(shape))
+
+
+@pytest.mark.parametrize("split", ["balanced_2d", "in", "out"])
+@pytest.mark.parametrize("adapt_bias", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape", "pays"),
+    [
+        (nn.Conv2d(3, 4, 3, padding=1), (6, 3, 24, 24), True),
+        (nn.Conv2d(3, 4, (3, 5), stride=2, dilation=(1, 2), bias=False), (6, 3, 24, 32), True),
+        (nn.Conv1d(3, 4, 5, padding=2), (6, 3, 300), True),
+        (nn.Conv2d(8, 8, 3, padding=1), (6, 8, 4, 4), False),
+    ],
+    ids=["padded", "strided, dilated, no bias", "1d", "small"],
+)
+def test_on_large_images_each_example_gets_a_kernel_of_its_own_in_evaluation(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.Module, shape: tuple[int, ...], pays: bool, adapt_bias: bool, split: str
+) -> None:
+    torch.manual_seed(0)
+    model = adapt(layer, r=2, conv_split=split, adapt_bias=adapt_bias, alpha=0.5).eval()
+    x, clients, by_example = torch.randn(shape), torch.tensor([4, 0, 2, 2, 1, 3]), Mock(wraps=conv_by_example)
+    monkeypatch.setattr(conv, "conv_by_example", by_example)
+    expected = model(x, client_ids=clients)
+    assert not by_example.called  # autograd would have to go through the kernels
+    with torch.no_grad():
+        assert relative_error(model(x, client_ids=clients), expected.double()) < TOLERANCE
+    assert by_example.called == pays  # small images: the kernels would cost more than they save
 
 
 @pytest.mark.parametrize("split", ["balanced_2d", "balanced", "in", "out", "linear"])

@@ -14,7 +14,7 @@ from typing_extensions import override
 from floral_peft.tuner.compute import Factors, conv_delta, per_example
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.fused import fits
-from floral_peft.tuner.fused_conv import FusedConv, Stage
+from floral_peft.tuner.fused_conv import FusedConv, Stage, conv_by_example
 from floral_peft.tuner.layers.factored import FactoredLayer, Geometry
 from floral_peft.tuner.rank import kernel_split
 
@@ -113,7 +113,7 @@ class Conv(ConvLayer):
     @override
     def fused(self, x: Tensor, adapter_name: str, mixture: Tensor) -> Tensor | None:
         base = self.get_base_layer()
-        if len(mixture) > 1 or base.groups > 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
+        if base.groups > 1 or base.padding_mode != "zeros" or isinstance(base.padding, str):
             return None
         inputs = self.fused_inputs(adapter_name, mixture, x)
         if (
@@ -123,6 +123,10 @@ class Conv(ConvLayer):
             or not fits(x, inputs[0], inputs[2])
         ):
             return None
+        if len(mixture) > 1:
+            if is_grad_enabled() or len(mixture) != len(x) or not _pays_by_example(x, *inputs[2:4]):
+                return None
+            return conv_by_example(x, *inputs, Stage(*map(list, (base.stride, base.padding, base.dilation))))
         goes_first = [size == 1 for size in self.floral_B[adapter_name].shape[3:]]
         stages = tuple(
             Stage(
@@ -166,6 +170,16 @@ class Conv(ConvLayer):
     @override
     def run(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         return self.get_base_layer()._conv_forward(x, parameters["weight"], parameters.get("bias"))
+
+
+def _pays_by_example(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether a kernel for each example costs clearly less than the adaptors' own two convolutions of its image.
+
+    As measured: making kernels, memory to be written, takes some four times as long as their multiplications say.
+    """
+    terms, positions = a.shape[0] * a.shape[1], prod(x.shape[2:])
+    kernel = prod(a.shape[2:]) * b.shape[0] * prod(b.shape[3:])
+    return 4 * terms * kernel < positions * (a.numel() + b.numel())
 
 
 class ConvTranspose(ConvLayer):
