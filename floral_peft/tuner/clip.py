@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from floral_peft.tuner.precondition import Pair, at_least_float32, factor_pairs
+from floral_peft.tuner.precondition import Pair, factor_pairs, stack_matrices
 from floral_peft.tuner.roles import parameter_roles
 
 
@@ -26,8 +26,8 @@ def clip_steps(factors: nn.Module | Iterable[Pair], max_norm: float, weights: It
 
         ‖G_W‖_F ≤ m for each base weight,    ‖G_B A + B G_A‖_F ≤ m for each adaptor (both gradients scaled alike)
 
-    The second is, to first order, the step of the adaptor's matrix B A. It is found through 2r × 2r Gram matrices,
-    never as a matrix of the weight's size. To be called last, after `precondition_gradients`. Biases and scales are
+    The second is, to first order, the step of the adaptor's matrix B A. It is found through r × r Gram matrices, never
+    as a matrix of the weight's size. To be called last, after `precondition_gradients`. Biases and scales are
     not clipped. Layers whose factors have one shape are computed in one batch.
 
     Args:
@@ -57,12 +57,13 @@ def clip_steps(factors: nn.Module | Iterable[Pair], max_norm: float, weights: It
 
 
 def _clip_adaptors(pairs: list[Pair], max_norm: float) -> None:
-    """For layers of one shape; G_B A + B G_A = [G_B B] [A; G_A], so that its norm is one of Gram matrices."""
-    dtype = at_least_float32(pairs[0][0].dtype)
-    right = torch.stack([torch.cat([a, _gradient(a)], dim=1).flatten(2) for a, _ in pairs]).to(dtype)
-    left = torch.stack([torch.cat([_gradient(b), b], dim=2).movedim(0, 2).flatten(2) for _, b in pairs]).to(dtype)
-    squares = ((left @ left.mT) * (right @ right.mT)).sum(dim=(-2, -1))  # (layers, C)
-    scales = _scales(squares.clamp(min=0).sqrt(), max_norm)
+    """For layers of one shape: ‖G_B A + B G_A‖² = ⟨G_BᵀG_B, A Aᵀ⟩ + 2 ⟨G_BᵀB, A G_Aᵀ⟩ + ⟨BᵀB, G_A G_Aᵀ⟩."""
+    a, step_a = stack_matrices([a for a, _ in pairs]), stack_matrices([_gradient(a) for a, _ in pairs])
+    b = stack_matrices([b.movedim(0, 2) for _, b in pairs])
+    step_b = stack_matrices([_gradient(b).movedim(0, 2) for _, b in pairs])
+    squares = (step_b @ step_b.mT) * (a @ a.mT) + (b @ b.mT) * (step_a @ step_a.mT)
+    squares += 2 * (step_b @ b.mT) * (a @ step_a.mT)
+    scales = _scales(squares.sum(dim=(-2, -1)).clamp(min=0).sqrt(), max_norm)  # (layers, C)
     for (a, b), scale in zip(pairs, scales, strict=True):
         if a.grad is not None:
             a.grad.mul_(scale.view(-1, *[1] * (a.dim() - 1)))
