@@ -40,6 +40,8 @@ def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) ->
         "rounds": given.rounds + 1,
         "router_update": update,
         "prune_adaptors": False,
+        "search_adaptors": 1,
+        "search_r": 1,
         "cohort": given.cohort,
         "disable_tqdm": True,
         "seed": 1,

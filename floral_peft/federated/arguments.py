@@ -96,11 +96,10 @@ class FederatedArguments:
         },
     )
     router_update: str = field(
-        default="gradient",
+        default="posterior",
         metadata={
-            "help": 'How clients find their routers: local steps train them ("gradient", the paper\'s; "mirror"), or '
-            'they are the posterior over the adaptors given the client\'s examples ("posterior"), which finds more '
-            "clusters, and more surely, but wants about four times as many adaptors as there may be clusters."
+            "help": "How clients find their routers: they are the posterior over the adaptors given the client's "
+            'examples ("posterior"), or local steps train them ("gradient", the paper\'s; "mirror").'
         },
     )
     label_prior: bool | None = field(
