@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, default_data_collator
 from transformers.trainer_callback import CallbackHandler
@@ -21,13 +18,12 @@ from transformers.trainer_utils import TrainOutput
 
 from floral_peft.federated.adaptors import Adaptors
 from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.arrivals import GROUP, Arrivals
-from floral_peft.federated.batches import RESIDENT_BYTES, Collator, Examples
+from floral_peft.federated.arrivals import Arrivals
+from floral_peft.federated.batches import Collator
 from floral_peft.federated.best import exported, note_evaluation, restore
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
 from floral_peft.federated.checks import check_callbacks, check_types
-from floral_peft.federated.cohort import CohortTraining
-from floral_peft.federated.cohort_choice import build_training, choose_kind
+from floral_peft.federated.clients import Clients
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, evaluate_clients, summarize
 from floral_peft.federated.forward import LossFunction
@@ -38,7 +34,7 @@ from floral_peft.federated.method import Method, get_method
 from floral_peft.federated.personal import Personalizing
 from floral_peft.federated.precision import TrainerAccelerator, checkpoint_gradients
 from floral_peft.federated.probe import probe
-from floral_peft.federated.processes import Message, ProcessError, pack_states, unpack_states
+from floral_peft.federated.processes import Message, ProcessError
 from floral_peft.federated.publishing import Publishing
 from floral_peft.federated.records import Record, Records, round_logs, round_record, train_metrics
 from floral_peft.federated.rounds import Outcome, RoundReport, run_round
@@ -47,12 +43,11 @@ from floral_peft.federated.routing import RouterUpdate
 from floral_peft.federated.routing.health import REMEDIES, stuck_at_uniform
 from floral_peft.federated.run_folder import RunFolder
 from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
-from floral_peft.federated.server import PrivateState, ServerSettings, ServerState
+from floral_peft.federated.server import ServerSettings, ServerState
 from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
-from floral_peft.federated.turn import Arrived, Turn, with_arrival
+from floral_peft.federated.turn import Turn
 from floral_peft.federated.visitor import Visitor, modes_kept
-from floral_peft.federated.visits import Private, Visits, in_groups
 from floral_peft.federated.workplace import Workplace
 
 
@@ -146,11 +141,20 @@ class FederatedTrainer(Publishing, Personalizing):
         )
         if self._routers is not None:
             self._routers.remember()
-        self._visits = Visits(self.processes, dataset)
         self._place = Workplace(
             model, self._visitor, self._forward, self._groups, settled, self.accelerator, self._collator
         )
         self._store = PrivateStore(self.output_dir / "private")
+        self._clients = Clients(
+            dataset,
+            self._place,
+            self._routers,
+            self._adaptors,
+            self._arrivals,
+            self._store,
+            self.processes,
+            self._cohort_size,
+        )
         self._records = Records(self.output_dir / "records.jsonl", written=self.processes.is_main)
         self._folder = RunFolder(self.output_dir, self._store, self._records, args.save_total_limit)
         self._round = 0
@@ -214,7 +218,7 @@ class FederatedTrainer(Publishing, Personalizing):
             TooFewClientsError: In some round fewer than `min_clients` updates arrived.
             ValueError: `output_dir` holds an earlier run, or the examples do not fit the model.
         """
-        self._place = self._place._replace(args=self._update.settle(self.args))
+        self._place = self._clients.place = self._place._replace(args=self._update.settle(self.args))
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         with ExitStack() as stack:
             self.processes.on_main(partial(stack.enter_context, locked(self.output_dir)))
@@ -261,7 +265,7 @@ class FederatedTrainer(Publishing, Personalizing):
         """
         began = time.perf_counter()
         with self._visit():
-            turns = self._all_turns("test")
+            turns = self._clients.everybody("test", self._round)
             self.client_metrics, failed = evaluate_clients(turns, self._evaluate_client, self.processes, self.dataset)
         if not self.client_metrics:
             raise ValueError(f"no client can be evaluated; {next(iter(failed.values()))}" if failed else _NO_TEST)
@@ -288,7 +292,8 @@ class FederatedTrainer(Publishing, Personalizing):
         if self._routers is None:
             raise ValueError("the model has no FLORAL adaptors, so there are no mixtures.")
         with self._visit():
-            mixtures = self._routers.mixtures(self.dataset.ids, self._trained_routers(self._routers.name))
+            found = self._clients.trained_routers(self._routers.name, self._round)
+            mixtures = self._routers.mixtures(self.dataset.ids, found)
         return list(self.dataset), mixtures
 
     def _evaluate_client(self, turn: Turn) -> Metrics | None:
@@ -309,7 +314,7 @@ class FederatedTrainer(Publishing, Personalizing):
     @contextmanager
     def _evaluated_as(self, client_id: ClientId, turn: Turn | None = None) -> Iterator[None]:
         """Within, the model is what is evaluated for a client, whose turn it may be already."""
-        turn = turn or self._turn(client_id, self._private(client_id))
+        turn = turn or self._clients.turn(client_id, self._clients.private(client_id), self._round)
         turn.private = self._arrivals(turn).private
         self._visitor.load(turn.private)
         with self.method.evaluated(turn):
@@ -319,22 +324,21 @@ class FederatedTrainer(Publishing, Personalizing):
         reports: list[RoundReport] = []
         clock = Stopwatch()
         self._rest(server)
-        training = self._cohort_training(server)
+        training = self._clients.training(server, self.output_dir / "cohort.json")
         self._rest(server)
 
         def train(cohort: Sequence[ClientId], state: ServerState) -> Iterator[tuple[ClientId, Outcome]]:
-            split = None if self.args.local_steps else "train"
-            lots = self._lots(cohort, state.round + 1)
-            for private in self._visits.together(training.chunks(cohort), self._private, split):
-                yield from self._train_clients(training, private, lots, state, clock)
+            return self._clients.train(training, cohort, state, clock)
 
         self._event("on_train_begin")
         while self._round < self.args.rounds and not self.control.should_training_stop:
             self._event("on_step_begin")
-            cohort = self._cohort(server.round + 1)
+            cohort = self._clients.cohort(server.round + 1)
             clock.reset()
             try:
-                new, report = run_round(server, cohort, train, self._keep, self._settings, self.processes, clock)
+                new, report = run_round(
+                    server, cohort, train, self._clients.keep, self._settings, self.processes, clock
+                )
                 self.processes.on_main(self._store.commit)
                 clock.lap("store")
                 server = new
@@ -348,7 +352,7 @@ class FederatedTrainer(Publishing, Personalizing):
             server, changes = self._adaptors.after_round(server)
             if changes:
                 report = replace(report, **changes)
-                training = self._cohort_training(server)
+                training = self._clients.training(server, self.output_dir / "cohort.json")
                 self._rest(server)
             reports.append(report)
             self._end_round(server, report)
@@ -360,49 +364,6 @@ class FederatedTrainer(Publishing, Personalizing):
             self._take_best(self.state.best_global_step)
         self._event("on_train_end")
         return reports
-
-    def _train_clients(
-        self,
-        training: CohortTraining,
-        private: Mapping[ClientId, Private],
-        lots: Mapping[ClientId, int],
-        state: ServerState,
-        clock: Stopwatch,
-    ) -> Iterator[tuple[ClientId, Outcome]]:
-        """What comes of the training of clients that train together."""
-        found: dict[ClientId, Arrived] = {}
-        turns = self._turns(private, state, lots)
-        if self._arrivals.shared:
-            clock.lap("route")
-
-        def load(client_id: ClientId) -> tuple[Dataset | Examples, PrivateState]:
-            clock.lap("train")
-            turn = turns(client_id)
-            clock.lap("load")
-            found[client_id] = self._arrivals(turn)
-            if self._arrivals.arrival is not None:
-                clock.lap("route")
-            chosen = found[client_id].trains_on
-            return turn.dataset if chosen is None else chosen, found[client_id].private
-
-        outcomes = training(list(private), load, state)
-        for client_id in private:
-            outcome = next(outcomes)
-            clock.lap("train")
-            yield client_id, with_arrival(outcome, found.pop(client_id, None))
-            del outcome  # not while the next client trains
-
-    def _cohort_training(self, server: ServerState) -> CohortTraining:
-        """The training that `args.cohort` asks for; the main process measures, where it is to be measured."""
-
-        def load(client_id: ClientId) -> tuple[Dataset, PrivateState]:
-            return self.dataset[client_id]["train"], self._private(client_id)
-
-        def choose() -> Message:
-            cohort = self._cohort(server.round + 1)
-            return choose_kind(self._place, cohort, load, server, self.output_dir / "cohort.json"), {}
-
-        return build_training(self.processes.on_main(choose)[0], self._place)
 
     def _end_round(self, server: ServerState, report: RoundReport) -> None:
         self._records.add(round_record(report))
@@ -432,91 +393,6 @@ class FederatedTrainer(Publishing, Personalizing):
         self._visitor.load(self._adaptors.untrained, server)
         self._round = self.state.global_step = server.round
         self.state.epoch = float(server.round)
-
-    def _cohort(self, round: int) -> list[ClientId]:
-        """The clients of a round, drawn without replacement from the seed and the round."""
-        ids = self.dataset.ids
-        if self._cohort_size == len(ids):
-            return list(ids)
-        rng = np.random.default_rng(derive_seed(self.args.seed, "cohort", round))
-        chosen = rng.choice(len(ids), self._cohort_size, replace=False, shuffle=False)
-        return [ids[index] for index in np.sort(chosen)]
-
-    def _lots(self, cohort: Sequence[ClientId], round: int) -> dict[ClientId, int]:
-        """A number for each client of a round: they go on from the round before, in an order that is drawn."""
-        order = np.random.default_rng(derive_seed(self.args.seed, "lots", round)).permutation(len(cohort))
-        return {
-            client_id: (round - 1) * self._cohort_size + int(n) for client_id, n in zip(cohort, order, strict=True)
-        }
-
-    def _private(self, client_id: ClientId) -> PrivateState:
-        """A client's private tensors: as it stored them, or those with which it starts."""
-        stored = None if self.args.stateless else self._store.get(client_id)
-        if stored is not None:
-            return self._adaptors.held(stored)
-        if self._routers is None:
-            return self._adaptors.untrained
-        return {**self._adaptors.untrained, self._routers.name: self._routers.initial(client_id)}
-
-    def _keep(self, client_id: ClientId, round: int, private: PrivateState) -> None:
-        if not self.args.stateless:
-            self._store.put(client_id, round, self._adaptors.stored(private))
-
-    def _turn(
-        self,
-        client_id: ClientId,
-        private: PrivateState,
-        state: ServerState | None = None,
-        resident: int = RESIDENT_BYTES,
-        lot: int = 0,
-    ) -> Turn:
-        """A client at the model; without the server's state, the model holds it already."""
-        dataset = self.dataset[client_id]["train"]
-        return Turn(self._place, self._routers, client_id, dataset, private, self._round, state, resident, lot)
-
-    def _turns(
-        self,
-        private: Mapping[ClientId, Private],
-        state: ServerState | None = None,
-        lots: Mapping[ClientId, int] = MappingProxyType({}),
-    ) -> Callable[[ClientId], Turn]:
-        """Gives the turns of clients that come together, each once; they know what could be found for all at once."""
-        held: dict[ClientId, Turn] = {}
-
-        def turn(client_id: ClientId) -> Turn:
-            resident = RESIDENT_BYTES // len(private)
-            lot = lots.get(client_id, 0)
-            return held.pop(client_id, None) or self._turn(client_id, private[client_id](), state, resident, lot)
-
-        if self._arrivals.shared and len(private) > 1:
-            for client_id in private:
-                with suppress(Exception):  # told when the client comes
-                    held[client_id] = turn(client_id)
-            self._arrivals.foresee(list(held.values()))
-        return turn
-
-    def _all_turns(self, split: str) -> Iterator[tuple[ClientId, Callable[[], Turn]]]:
-        """The turns of all clients that this process visits outside training; a split says what a visit costs."""
-        groups = in_groups(self.dataset, GROUP if self._arrivals.shared else 1)
-        for private in self._visits.together(groups, self._private, split):
-            turns = self._turns(private)
-            yield from ((client_id, partial(turns, client_id)) for client_id in private)
-
-    def _trained_routers(self, name: str) -> dict[ClientId, Tensor]:
-        """The routers, (1, L, C), that clients have kept; where they are found on arrival, those of all clients."""
-        if self._arrivals.arrival is None:
-            return self._kept_routers(name)
-        turns = self._all_turns("train")
-        found = [(k, {name: self._arrivals(turn()).private[name]}) for k, turn in turns]
-        return self._told([item for part in self.processes.gather(pack_states(found)) for item in unpack_states(part)])
-
-    def _kept_routers(self, name: str) -> dict[ClientId, Tensor]:
-        return self._told([(client_id, {name: self._private(client_id)[name]}) for client_id in self._store.clients()])
-
-    def _told(self, mains: list[tuple[ClientId, PrivateState]]) -> dict[ClientId, Tensor]:
-        """What the main process has found for clients, a tensor each, in every process."""
-        known = mains if self.processes.count == 1 else unpack_states(self.processes.broadcast(pack_states(mains)))
-        return {client_id: value for client_id, state in known for value in state.values()}
 
     @contextmanager
     def _visit(self) -> Iterator[None]:
@@ -567,7 +443,7 @@ class FederatedTrainer(Publishing, Personalizing):
     def _install_routers(self) -> None:
         """Put the clients' routers into the model's table, in every process. Clients that keep nothing have none."""
         if self._routers is not None and not self.args.stateless:
-            self._routers.install(self.dataset.ids, self._kept_routers(self._routers.name))
+            self._routers.install(self.dataset.ids, self._clients.kept_routers(self._routers.name))
 
     def _save(self, server: ServerState) -> None:
         if self.state.best_global_step == server.round:

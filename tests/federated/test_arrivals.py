@@ -11,13 +11,13 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
 from floral_peft.federated import FederatedDataset
-from floral_peft.federated import trainer as trainer_module
+from floral_peft.federated import clients as clients_module
 from floral_peft.tuner import PureModels
 
 from .clients import floral_net, net, population, tensors, trainer
 
 
-POSTERIOR: dict[str, Any] = {"router_update": "posterior"}
+POSTERIOR: dict[str, Any] = {"router_update": "posterior", "search_adaptors": 2, "search_r": 2}
 
 
 def started(**config: Any) -> Any:
@@ -52,7 +52,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "GROUP", 1)
+    monkeypatch.setattr(clients_module, "GROUP", 1)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["classifier", "without label prior", "loss function", "small batches", "regression"],
 )
-@pytest.mark.parametrize("config", [{}, {"router_per_layer": True, "num_adaptors": 3}], ids=["", "by layer"])
+@pytest.mark.parametrize("config", [{}, {"router_per_layer": True, "num_adaptors": 2}], ids=["", "by layer"])
 def test_together_they_find_what_each_finds_alone(
     tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,9 @@ def local(folder: Path, method: str = "floral", model: Any = None, **settings: A
     state = ServerState.of(made.model, made._groups)
 
     def train(client_id: str = "client 0", data: Dataset | None = None, private: Any = None) -> Any:
-        return training(client_id, examples(12) if data is None else data, private or made._private(client_id), state)
+        return training(
+            client_id, examples(12) if data is None else data, private or made._clients.private(client_id), state
+        )
 
     train.trainer, train.state = made, state  # type: ignore[attr-defined]
     return train
@@ -240,7 +242,7 @@ def test_optimal_routing_is_one_hot_and_holds_still(tmp_path: Path) -> None:
     train = local(tmp_path, dataset=population(4), optimal_routing=True, router_learning_rate=10.0)
     update, private = train("client 3")
     assert update.usage.tolist() == [[0.0, 12.0]]
-    assert all(torch.equal(private[name], train.trainer._private("client 3")[name]) for name in private)
+    assert all(torch.equal(private[name], train.trainer._clients.private("client 3")[name]) for name in private)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -50,7 +50,7 @@ class Pair:
         self.state = ServerState.of(made.model, made._groups)
 
     def load(self, client_id: Any) -> Any:
-        return self.trainer.dataset[client_id]["train"], self.trainer._private(client_id)
+        return self.trainer.dataset[client_id]["train"], self.trainer._clients.private(client_id)
 
     def run(self, training: Any, client_ids: Any = None) -> dict[Any, Any]:
         ids = list(self.trainer.dataset) if client_ids is None else client_ids

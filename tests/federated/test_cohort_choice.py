@@ -28,7 +28,7 @@ class Chooser:
         self.place = made._place
 
     def load(self, client_id: Any) -> Any:
-        return self.trainer.dataset[client_id]["train"], self.trainer._private(client_id)
+        return self.trainer.dataset[client_id]["train"], self.trainer._clients.private(client_id)
 
     def choose(self, round: int = 0) -> str:
         state = ServerState.of(self.trainer.model, self.trainer._groups)

@@ -32,7 +32,9 @@ def test_reparametrised_batch_norm_keeps_a_clients_statistics_with_it(tmp_path: 
     )  # fmt: skip
     trainer = FederatedTrainer(model, args, FederatedDataset(clients))
     trainer.train()
-    statistics = {name: trainer._private(name)["base_model.model.0.base_layer.running_mean"] for name in clients}
+    statistics = {
+        name: trainer._clients.private(name)["base_model.model.0.base_layer.running_mean"] for name in clients
+    }
     assert bool((statistics["low"] < -1).all()) and bool((statistics["high"] > 1).all())
     (saved,) = tmp_path.glob("checkpoint-3/server/tensors.safetensors")
     assert not any("running" in name or "floral_mean" in name for name in load_file(saved))

@@ -114,7 +114,7 @@ def test_tensors_shrink_in_the_model_the_checkpoint_and_the_private_state(tmp_pa
         assert 4 not in shape[:2] or shape in saved(tmp_path, 5, "tensors").values()
     routers = [made._store.get(k)[made._routers.name].shape[-1] for k in made._store.clients()]
     assert set(routers) <= {2, 3, 4} and 2 in routers
-    assert {made._private(k)[made._routers.name].shape[-1] for k in made.dataset} == {2}
+    assert {made._clients.private(k)[made._routers.name].shape[-1] for k in made.dataset} == {2}
 
 
 def saved(folder: Path, round: int, what: str) -> dict[str, tuple[int, ...]]:
@@ -171,7 +171,7 @@ def test_statistics_of_adapted_batch_norms_shrink_too(tmp_path: Path) -> None:
 
     made = run(tmp_path, model=started(base=net(norm=True), adapt_norms="reparametrized"))
     name = next(name for name in made._groups.private if "floral_mean" in name)
-    assert made._private("client 0")[name].shape[0] == 2
+    assert made._clients.private("client 0")[name].shape[0] == 2
 
 
 def test_a_top_k_is_what_it_was_wherever_there_are_enough_adaptors(tmp_path: Path) -> None:

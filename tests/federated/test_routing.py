@@ -125,10 +125,10 @@ def test_clients_do_not_train_on_what_is_held_out(tmp_path: Path) -> None:
     run = trainer(tmp_path, model=started(), rounds=1, **POSTERIOR)
     state = ServerState.of(run.model, run._groups, run._update.start(2))
     with run._visit():
-        turn = run._turn("client 0", run._private("client 0"), state)
+        turn = run._clients.turn("client 0", run._clients.private("client 0"), run._round, state)
         assert len(run._arrivals(turn).trains_on) == 11  # of 12
         run._round = 30
-        turn = run._turn("client 0", run._private("client 0"), state)
+        turn = run._clients.turn("client 0", run._clients.private("client 0"), run._round, state)
         assert len(run._arrivals(turn).trains_on) == 12
 
 

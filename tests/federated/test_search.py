@@ -74,7 +74,7 @@ def test_a_long_run_compresses_at_the_thirtieth_participation() -> None:
 def test_clients_stay_with_their_adaptor_after_a_compression(tmp_path: Path) -> None:
     made = run(tmp_path, rounds=8, learning_rate=0.5)
     assert all(record["switches"] == 0 for record in made.records[4:])
-    logits = made._private("client 0")[made._routers.name].flatten()
+    logits = made._clients.private("client 0")[made._routers.name].flatten()
     assert sorted(logits.tolist()) == [0.0, 0.0, schedule.ASSIGNED]
 
 
@@ -134,7 +134,10 @@ def test_routers_that_clients_bring_along_are_kept_by_the_copies(tmp_path: Path)
     made = trainer(tmp_path, model=model, **(SETTINGS | {"search_adaptors": 4, "rounds": 1}))
     made._first_state(None)
     with made._visit():
-        assert made._private("client 2")[made._routers.name].flatten().tolist() == routers[2].flatten().tolist() * 2
+        assert (
+            made._clients.private("client 2")[made._routers.name].flatten().tolist()
+            == routers[2].flatten().tolist() * 2
+        )
 
 
 @pytest.mark.parametrize(

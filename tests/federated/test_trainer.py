@@ -112,10 +112,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
 
 def test_a_cohort_is_drawn_without_replacement_and_varies(tmp_path: Path) -> None:
     run = trainer(tmp_path, dataset=population(10), clients_per_round=0.3)
-    cohorts = [run._cohort(round) for round in range(1, 30)]
+    cohorts = [run._clients.cohort(round) for round in range(1, 30)]
     assert all(len(set(cohort)) == 3 for cohort in cohorts)
     assert len({client for cohort in cohorts for client in cohort}) == 10
-    assert cohorts == [run._cohort(round) for round in range(1, 30)]
+    assert cohorts == [run._clients.cohort(round) for round in range(1, 30)]
 
 
 def test_the_server_may_use_adam(tmp_path: Path) -> None:

@@ -66,5 +66,5 @@ def weights(model: nn.Module) -> dict[str, float]:
 
 def own(run: Any, client_id: str) -> dict[str, Tensor]:
     """What a client keeps."""
-    kept: dict[str, Tensor] = run._private(client_id)
+    kept: dict[str, Tensor] = run._clients.private(client_id)
     return {name: value.flatten().to(torch.float64) for name, value in kept.items()}

@@ -154,7 +154,7 @@ def test_fedem_weighs_models_by_the_posterior_of_each_example(tmp_path: Path, co
     b = (1 - 0.5 * again_b * 2, -1 - 0.5 * (1 - again_b) * 0)
     expected = [0.25 * one + 0.75 * other for one, other in zip(a, b, strict=True)]  # p(k), not p(k|c)
     assert slopes(trained) == [pytest.approx(value, rel=1e-5) for value in expected]
-    assert trained._private("a")["floral_router.logits.default"].softmax(-1)[0, 0, 0] == pytest.approx(share_a)
+    assert trained._clients.private("a")["floral_router.logits.default"].softmax(-1)[0, 0, 0] == pytest.approx(share_a)
     assert trained.records[0]["usage"] is None  # π is not sent
 
 
