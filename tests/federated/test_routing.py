@@ -64,15 +64,15 @@ def test_a_client_is_evaluated_with_the_posterior_given_its_examples(
 
 def dealt(run: Any, client_id: str) -> Tensor:
     """θ of a client that comes for the first time, in the first round."""
-    adaptor = run._lots(list(run.dataset), 1)[client_id] % 2
+    adaptor = run._clients.lots(list(run.dataset), 1)[client_id] % 2
     return schedule.ASSIGNED * nn.functional.one_hot(torch.tensor(adaptor), 2).float()
 
 
 def test_every_adaptor_is_dealt_out_to_as_many_clients(tmp_path: Path) -> None:
     run = trainer(tmp_path, clients_per_round=2)
-    lots = [run._lots(["client 0", "client 3"], round) for round in (1, 2)]
+    lots = [run._clients.lots(["client 0", "client 3"], round) for round in (1, 2)]
     assert [sorted(numbers.values()) for numbers in lots] == [[0, 1], [2, 3]]
-    assert {run._lots(["a", "b"], round)["a"] % 2 for round in range(9)} == {0, 1}
+    assert {run._clients.lots(["a", "b"], round)["a"] % 2 for round in range(9)} == {0, 1}
 
 
 def visited(run: Any, client_id: str, theta: Tensor) -> Tensor:
