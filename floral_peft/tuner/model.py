@@ -56,6 +56,8 @@ class FloralModel(Clients, Shrinking, BaseTuner):
                 model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
                 model.register_forward_hook(self._after_forward, always_call=True),
             ]
+            if isinstance(head := getattr(model, "get_output_embeddings", lambda: None)(), nn.Linear):
+                self._hooks.append(head.register_forward_pre_hook(_in_one_piece))
         self._next_slot = 0
         trains = {name: table.requires_grad for name, table in self.router.logits.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -281,6 +283,11 @@ class FloralModel(Clients, Shrinking, BaseTuner):
             return remapped
         infixes = _names(model, FloralLayer)
         return {key if cls.prefix in key else _with_infix(key, infixes): value for key, value in remapped.items()}
+
+
+def _in_one_piece(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a prompt only the last states go through the head. On that slice, torch would copy a frozen head's weight."""
+    return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in args)
 
 
 def _no_fast_path(layer: nn.Module, args: Any) -> None:

@@ -144,3 +144,17 @@ def test_attention_masks_train_in_a_loop_where_they_cannot_in_one_pass(tmp_path:
     run = trainer(tmp_path, "llama", peft.get_peft_model(llama(), peft.LoraConfig()), method="fedavg", cohort="auto")
     run.train()
     assert not run.records[0]["clients_dropped"]
+
+
+def test_the_last_states_of_a_prompt_reach_the_head_in_one_piece() -> None:
+    """A slice of the hidden states makes torch copy a frozen head's weight for every row of the batch."""
+    model, pieces = floral("llama"), []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda head, args, output: pieces.append(args[0]))
+    prompts = torch.tensor([[20, 21, 22], [20, 19, 18]])
+    with torch.no_grad():
+        last = model(input_ids=prompts, logits_to_keep=1).logits
+        assert pieces[0].is_contiguous() and pieces[0].shape[1] == 1
+        torch.testing.assert_close(last, model(input_ids=prompts).logits[:, -1:])
+    model.unload()
+    assert not head._forward_pre_hooks

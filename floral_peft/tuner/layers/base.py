@@ -137,20 +137,26 @@ class FloralLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         mixtures = [self.router.mixture(name, slots[name]) for name in names]
         if not args and not kwargs and self._may_run_base():
-            # in evaluation merged parameters may be kept: below
-            if len(names) == 1 and (torch.is_grad_enabled() or mixtures[0].shape[0] > 1):
-                result = self.fused(x, names[0], mixtures[0])
+            # in evaluation merged parameters may be kept, so they come first
+            ways = (self._fused, self._merged) if torch.is_grad_enabled() else (self._merged, self._fused)
+            for way in ways:
+                result = way(x, names, mixtures)
                 if result is not None:
                     return result
-            if all(mixture.shape[0] == 1 for mixture in mixtures):
-                parameters = self._merged_parameters(x, names, mixtures)
-                if parameters is not None:
-                    return self.run(x, parameters)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name, mixture in zip(names, mixtures, strict=True):
             result = self.stacked(x, result, name, mixture.to(result.device))
         return result.to(dtype)
+
+    def _fused(self, x: Tensor, names: list[str], mixtures: list[Tensor]) -> Tensor | None:
+        return self.fused(x, names[0], mixtures[0]) if len(names) == 1 else None
+
+    def _merged(self, x: Tensor, names: list[str], mixtures: list[Tensor]) -> Tensor | None:
+        if any(mixture.shape[0] > 1 for mixture in mixtures):
+            return None
+        parameters = self._merged_parameters(x, names, mixtures)
+        return None if parameters is None else self.run(x, parameters)
 
     def _may_run_base(self) -> bool:
         """Whether the base's forward may be done here: a plain layer of a known kind."""
