@@ -192,9 +192,22 @@ def test_a_published_model_has_the_adaptors_that_are_left(tmp_path: Path) -> Non
 def test_nothing_is_removed_unasked(tmp_path: Path) -> None:
     args = trainer(tmp_path, model=started(), router_update="posterior", prune_adaptors=False).args
     usage = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
-    memory = {"usage": usage, "losses": torch.ones(4, 4, dtype=torch.float64)}
+    memory = {"usage": usage, "losses": torch.ones(4, 4, dtype=torch.float64), "switches": torch.zeros(1)}
     assert Posterior(args).prune(memory, 15) == []
     assert len(Posterior(replace(args, prune_adaptors=True)).prune(memory, 15)) == 3
+
+
+@pytest.mark.parametrize(
+    ("switches", "round", "gone"),
+    [(0.0, 15, ["dead", "dispensable"]), (9.0, 15, []), (9.0, 31, ["dead", "dispensable"])],
+)
+def test_while_the_search_goes_on_and_clients_change_adaptors_none_is_removed(
+    tmp_path: Path, switches: float, round: int, gone: list[str]
+) -> None:
+    args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
+    memory = {"usage": USAGE[:4], "losses": losses_of([row[:4] for row in MEANS[:4]])}
+    memory["switches"] = switches / 50 * memory["usage"].sum().view(1)
+    assert [drop.why for drop in Posterior(args).prune(memory, round)] == gone
 
 
 def test_private_tensors_of_any_time_are_read_over_the_adaptors_of_now() -> None:

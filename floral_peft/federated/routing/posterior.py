@@ -37,9 +37,9 @@ class Posterior(RouterUpdate):
     Clients look for theirs among more adaptors than may stay, and of a larger rank: see [`Adaptors`].
 
     The server learns, beside the aggregate, three sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f_k,
-    and how many clients' best adaptor has changed. It remembers the first two with a fading memory, as U and N. By
-    them it removes adaptors: see [`prune`]. Early in a run, the losses in N are those of examples that the client does
-    neither train on nor choose by: see [`hold_out`].
+    and how many clients' best adaptor has changed. It remembers them with a fading memory, the first two as U and N.
+    By them it removes adaptors: see [`prune`]. Early in a run, the losses in N are those of examples that the client
+    does neither train on nor choose by: see [`hold_out`].
     """
 
     name = "posterior"
@@ -81,19 +81,22 @@ class Posterior(RouterUpdate):
 
     def start(self, num_adaptors: int) -> dict[str, Tensor]:
         """Sums that are zero."""
-        shapes = {name: shape for name, shape in self.sums(num_adaptors).items() if name != "switches"}
-        return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.sums(num_adaptors).items()}
 
     def absorb(self, memory: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """U ← δ U + Σ_k π_k and N ← δ N + Σ_k π_kᵀ f_k."""
+        """U ← δ U + Σ_k π_k, N ← δ N + Σ_k π_kᵀ f_k, and switches likewise."""
         decay = schedule.server_decay(self._pace)
-        return {**memory, **{name: decay * memory[name] + sums[name] for name in ("usage", "losses")}}
+        return {**memory, **{name: decay * memory[name] + value for name, value in sums.items()}}
 
     def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
-        """Dead and dispensable adaptors, by U and N, from time to time."""
+        """Dead and dispensable adaptors, by U and N, from time to time.
+
+        None goes before the search ends as long as many clients still change theirs: adaptors have not parted yet.
+        """
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
-        return prune(memory["usage"], memory["losses"])
+        settled = float(memory["switches"]) <= schedule.UNSETTLED * float(memory["usage"].sum())
+        return prune(memory["usage"], memory["losses"]) if settled or self.searched(round) else []
 
     def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:
         """`search_adaptors`; by default four times as many as may stay, but one for each client is enough."""

@@ -25,6 +25,8 @@ EARLY_EXAMPLES = 10
 #: after so many.
 PRUNED_FROM = 15.0
 PRUNED_EVERY = 1.2
+#: Before the search ends, all stay while more than this share of the clients change theirs at a visit.
+UNSETTLED = 0.1
 #: The adaptors' learning rate in units of the base's, and the longest step of any weight or adaptor, as matrices.
 ADAPTOR_RATE = 6.0
 STEP_NORM = 1.0
