@@ -84,9 +84,13 @@ def alike(seed: int) -> FederatedDataset:
 
 
 def moved(clients: FederatedDataset) -> tuple[FederatedDataset, list[int]]:
-    """The clients after two of each eight have changed places, and those two: of clusters that follow one another."""
+    """The clients after two of each eight have changed places, and those two: of clusters that follow one another.
+
+    Of four clusters each thus loses a quarter of its clients, and gets as many others.
+    """
     places = {client: client for client in clients}
-    for first in range(0, len(clients) - 1, 8):
+    for block in range(0, len(clients) - 7, 8):
+        first = block + block // 8 % 4
         places |= {first: first + 1, first + 1: first}
     known = clients.clusters or {}
     now = FederatedDataset({k: clients[places[k]] for k in clients}, clusters={k: known[places[k]] for k in clients})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from floral_peft.federated import ServerState
 from floral_peft.federated.routing import schedule
 
 from .clients import floral_net, tensors, trainer
@@ -76,6 +77,25 @@ def test_clients_stay_with_their_adaptor_after_a_compression(tmp_path: Path) -> 
     assert all(record["switches"] == 0 for record in made.records[4:])
     logits = made._clients.private("client 0")[made._routers.name].flatten()
     assert sorted(logits.tolist()) == [0.0, 0.0, schedule.ASSIGNED]
+
+
+@pytest.mark.parametrize(("hold", "moves"), [(1e3, False), (1e-3, True)])
+def test_a_client_lets_go_of_its_adaptor_only_where_another_is_much_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hold: float, moves: bool
+) -> None:
+    monkeypatch.setattr(schedule, "ASSIGNED", hold)
+    made = trainer(tmp_path, model=floral_net(init_std=0.7), router_update="posterior")
+    memory = made._update.start(2) | {"settled until": torch.tensor([9.0])}
+    state = ServerState.of(made.model, made._groups, memory)
+    with made._visit():
+        private = made._clients.private("client 0")
+        turn = made._clients.turn("client 0", private, 0, state)
+        worst = int(turn.pure_losses_of([torch.arange(12)])[0].argmax())
+        logits = torch.zeros(1, 1, 2)
+        logits[..., worst] = 5.0
+        turn.private = {**private, made._routers.name: logits}
+        kept = made._arrivals(turn).kept[made._routers.name]
+    assert (int(kept.argmax()) != worst) is moves
 
 
 @pytest.mark.parametrize("until", [2, 3, 4])

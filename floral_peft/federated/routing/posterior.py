@@ -117,7 +117,7 @@ class Posterior(RouterUpdate):
         return cut(memory["usage"], memory["losses"], most)
 
     def settled(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
-        """Clients stay with their adaptors for a while."""
+        """Clients hold on to their adaptors for a while."""
         until = torch.tensor([round + schedule.SETTLED / self._pace], dtype=torch.float64)
         return {**memory, "settled until": until}
 
@@ -150,7 +150,9 @@ class Posterior(RouterUpdate):
         kept = routers.less(schedule.CLIENT_MEMORY * before, count * losses)
         kept = kept - kept.amax(dim=-1, keepdim=True)
         if "settled until" in turn.memory and turn.round < float(turn.memory["settled until"]):
-            kept = self._given(kept, _best(before if chosen else kept), turn)
+            # Whoever has changed cluster meanwhile goes all the same.
+            held = self._given(kept, _best(before), turn) if chosen else kept
+            kept = self._given(kept, _best(routers.less(held, count * losses)), turn)
         if not turn.training:
             return Arrived(turn.with_logits(kept))
         handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))

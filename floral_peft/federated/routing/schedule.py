@@ -44,7 +44,7 @@ SEARCH_ADAPTORS = 4
 SEARCH_RANK = 16
 #: until after so many participations only those stay that may, compressed, if half of the run is not over before.
 SEARCHED = 30.0
-#: After a compression clients stay with their best adaptor for so many participations, until it is itself again.
+#: After a compression clients hold on to their best adaptor for so many participations, until it is itself again.
 SETTLED = 10.0
 #: Losses are looked at on so many of a client's examples at most.
 EVIDENCE_EXAMPLES = 256
