@@ -107,6 +107,22 @@ def test_routers_that_are_relearned_are_those_of_one_process(tmp_path: Path) -> 
     assert_same(result(tmp_path / "2", 1, 2), result(tmp_path / "1", 0, 1))
 
 
+@pytest.mark.parametrize("cohort", [pytest.param("loop", marks=pytest.mark.slow), "vectorized"])
+def test_the_posterior_s_search_is_that_of_one_process_also_where_their_number_changes(
+    tmp_path: Path, cohort: str
+) -> None:
+    settings: dict[str, Any] = {"router_update": "posterior", "rounds": 20, "cohort": cohort, "chunk_clients": 2}
+    assert launch(1, tmp_path / "one", **settings) == [0]
+    folder = tmp_path / "several"
+    assert launch(2, folder, misfortune=["stop", 0, 8], **settings) == [0, 0]
+    assert launch(1, folder, misfortune=["stop", 0, 14], resume=True, **settings) == [0]
+    assert launch(2, folder, resume=True, **settings) == [0, 0]
+    assert_same(result(folder, 1, 2), result(tmp_path / "one", 0, 1))
+    records = result(tmp_path / "one", 0, 1)[1]["records"]
+    dropped = [drop["adaptor"] for record in records for drop in record.get("pruned") or ()]
+    assert len(dropped) >= 5  # of seven adaptors that searched
+
+
 @pytest.mark.parametrize("kind", ["kill", "raise"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_that_ends_ends_all_and_the_run_resumes(tmp_path: Path, alone: Any, kind: str, rank: int) -> None:
