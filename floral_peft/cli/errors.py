@@ -26,11 +26,28 @@ def bad_input() -> Iterator[None]:
         raise UsageError(" ".join(str(error).split())) from error
 
 
+class _EachFlagOnce(argparse.HelpFormatter):
+    """Tells a flag under one name (it may be written with dashes, too), and its default where there is one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.metavar or "VALUE"
+        if action.nargs == "?":
+            value = f"[{value}]"
+        return f"{action.option_strings[0]} {value}{' ...' if action.nargs in ('*', '+') else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.help is None or action.default in (None, [], {}, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (%(default)s)"
+
+
 class StrictParser(argparse.ArgumentParser):
     """Raises instead of leaving, takes no abbreviations, and names the flag nearest to an unknown one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+        super().__init__(*args, **{"formatter_class": _EachFlagOnce, **kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Raise [`UsageError`]."""

@@ -30,7 +30,15 @@ FLoRAL: federated personalisation with mixtures of low-rank adaptors.
   report     turn run folders into tables, pictures and a page
   tasks      list the tasks
 
-floral-peft COMMAND --help tells the settings of each.
+floral-peft COMMAND --help tells the settings of each. To begin with:
+
+  floral-peft train                                              FLoRAL and FedAvg on 20 clients, half a minute
+  floral-peft train --task digits-label-shift --method floral --baselines local_only fedavg --rounds 50 --seed 1
+  floral-peft train --task mnist-rotate-reduced --data FOLDER    a dataset that save_to_disk wrote; else from the hub
+  floral-peft report runs/digits/floral runs/digits/fedavg       who gained, who lost
+  floral-peft report runs/digits --html page.html --pictures pictures
+
+A model and clients of your own: --task my_package.my_module:my_task, or FederatedTrainer in Python.
 """
 
 

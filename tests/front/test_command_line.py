@@ -125,6 +125,14 @@ def test_help_tells_the_settings(command: str, capsys: pytest.CaptureFixture[str
     assert f"usage: floral-peft {command}" in capsys.readouterr().out
 
 
+def test_help_tells_a_flag_once_with_the_tasks_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = capsys.readouterr().out
+    assert "--learning_rate VALUE" in told and "--learning-rate" not in told
+    assert "Number of rounds to train. (60)" in told
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
