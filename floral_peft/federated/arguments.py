@@ -92,7 +92,7 @@ class FederatedArguments:
         default=None,
         metadata={
             "help": "Damping of that: 1e-5 is the paper's. By default it follows the scale of the factors; with "
-            'router_update="posterior" and SGD it is 1e-5.'
+            'router_update="posterior" and SGD, not in mixed precision, it is 1e-5.'
         },
     )
     router_update: str = field(

@@ -114,6 +114,7 @@ def trainer(folder: Path, kind: str, model: Any, method: str = "floral", **setti
     _, examples, _, collator = KINDS[kind]
     defaults: dict[str, Any] = {
         "rounds": 2, "cohort": "loop", "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True,
+        "router_update": "gradient",  # a search for clusters takes more rounds than these
     }  # fmt: skip
     args = FederatedArguments(output_dir=str(folder), **(defaults | settings))
     return FederatedTrainer(model, args, clients(examples), method=method, data_collator=collator)

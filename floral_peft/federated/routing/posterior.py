@@ -48,14 +48,16 @@ class Posterior(RouterUpdate):
         """Labels are discounted. By SGD, adaptors learn faster than the base, in steps of bounded length.
 
         Those steps may then be damped as little as in the paper: factors that start at zero leave it in few steps, and
-        so adaptors come to differ before they are looked at for the first time.
+        so adaptors come to differ before they are looked at for the first time. In mixed precision the damping stays
+        relative: in a layer smaller than the rank a Gram matrix is singular, and 1/ε would blow up half a gradient's
+        digits of rounding.
         """
         found = replace(args, label_prior=args.label_prior is not False)
         if args.optimizer.lower() != "sgd":  # others choose the length of their steps themselves
             return found
         if args.adaptor_learning_rate is None:
             found = replace(found, adaptor_learning_rate=schedule.ADAPTOR_RATE * args.learning_rate)
-        if args.precondition_epsilon is None:
+        if args.precondition_epsilon is None and args.mixed_precision == "no":
             found = replace(found, precondition_epsilon=schedule.DAMPING)
         return replace(found, max_step_norm=schedule.STEP_NORM) if args.max_step_norm is None else found
 
