@@ -73,10 +73,7 @@ class Adaptors:
     def _too_narrow(self) -> bool:
         """Whether the search is for adaptors of a larger rank than they have."""
         wanted = self._update.search_rank()
-        if self._most < 2 or wanted is None:
-            return False
-        ranks = _floral(self._model).ranks().layers.values()
-        return any(rank < wanted for rank in ranks)
+        return self._most > 1 and wanted is not None and bool(_floral(self._model).widens(wanted))
 
     def _restart(self) -> None:
         self.wide = False

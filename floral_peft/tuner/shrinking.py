@@ -148,9 +148,18 @@ class Shrinking:
             config.r, config.budget, dict(config.rank_pattern), {layer.name: layer.r[name] for layer in layers}
         )
 
+    def widens(self, r: int, adapter_name: str | None = None) -> bool:
+        """Whether `widen` would raise the rank of any layer."""
+        name = self._adapter(adapter_name)
+        layers = [layer for layer in self._layers() if isinstance(layer, FactoredLayer) and layer.holds(name)]
+        return any(layer.r[name] < min(r, layer.geometry(self.peft_config[name]).full_rank) for layer in layers)
+
     @torch.no_grad()
     def widen(self, r: int, seed: int, adapter_name: str | None = None) -> Ranks:
         """Raise the rank of all adaptors to `r`, where it is lower. The model stays what it was: new terms are zero.
+
+        In a layer smaller than `r` it is raised to the layer's own rank: more would add nothing, and of the larger
+        factor some directions could not be told from rounding.
 
         Args:
             r: the new rank.
@@ -169,9 +178,10 @@ class Shrinking:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for layer in layers:
-                if layer.r[name] < r:
-                    layer.set_factors(name, *layer.with_rank(name, config, r))
-                elif layer.r[name] > r:
+                wanted = min(r, layer.geometry(config).full_rank)
+                if layer.r[name] < wanted:
+                    layer.set_factors(name, *layer.with_rank(name, config, wanted))
+                if layer.r[name] != r:
                     config.rank_pattern[f"^{re.escape(layer.name)}"] = layer.r[name]
         return before
 

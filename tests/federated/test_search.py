@@ -161,24 +161,31 @@ def test_routers_that_clients_bring_along_are_kept_by_the_copies(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("settings", "num_adaptors", "rank", "searching"),
+    ("settings", "num_adaptors", "found", "searching"),
     [
-        ({}, 4, 16, True),  # four times two, but not more than there are clients
-        ({"search_adaptors": 7}, 7, 16, True),
-        ({"search_adaptors": 1}, 2, 16, True),
-        ({"search_r": 1}, 4, 1, True),
-        ({"search_adaptors": 2, "search_r": 1}, 2, 1, False),
-        ({"router_update": "gradient"}, 2, 1, False),
-        ({"optimal_routing": True}, 2, 1, False),
+        ({}, 4, {3, 4}, True),  # four times two, but not more than there are clients; layers of rank 4 and 3
+        ({"search_adaptors": 7}, 7, {3, 4}, True),
+        ({"search_adaptors": 1}, 2, {3, 4}, True),
+        ({"search_r": 2}, 4, {2}, True),
+        ({"search_r": 1}, 4, {1}, True),
+        ({"search_adaptors": 2, "search_r": 1}, 2, {1}, False),
+        ({"router_update": "gradient"}, 2, {1}, False),
+        ({"optimal_routing": True}, 2, {1}, False),
     ],
 )
 def test_how_wide_a_search_is(
-    tmp_path: Path, settings: dict[str, Any], num_adaptors: int, rank: int, searching: bool
+    tmp_path: Path, settings: dict[str, Any], num_adaptors: int, found: set[int], searching: bool
 ) -> None:
     made = trainer(tmp_path, model=floral_net(r=1), **({"router_update": "posterior"} | settings))
     state = made._first_state(None)
     assert len(state.adaptors) == made.model.active_peft_config.num_adaptors == num_adaptors
-    assert ranks(made.model) == {rank} and state.wide is searching
+    assert ranks(made.model) == found and state.wide is searching
+
+
+def test_adaptors_that_have_the_rank_of_their_layers_are_wide_enough(tmp_path: Path) -> None:
+    model = floral_net(r=3, rank_pattern={"0": 4})
+    made = trainer(tmp_path, model=model, router_update="posterior", search_adaptors=2)
+    assert not made._first_state(None).wide
 
 
 def test_one_adaptor_has_nothing_to_be_found(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ class Geometry(NamedTuple):
     table: bool = False
 
     @property
+    def full_rank(self) -> int:
+        """The largest rank that the product of the factors can have, as matrices."""
+        return min(prod(self.inputs), self.outputs * prod(self.kernel))
+
+    @property
     def numel_per_rank(self) -> int:
         """Parameters that one more unit of rank costs one adaptor."""
         return prod(self.inputs) + self.outputs * prod(self.kernel)
