@@ -66,21 +66,22 @@ class Clients:
         self._store = store
         self._processes = processes
         self._visits = Visits(processes, dataset)
-        self.cohort_size = cohort_size
+        self._cohort_size = cohort_size
 
     def cohort(self, round: int) -> list[ClientId]:
         """The clients of a round, drawn without replacement from the seed and the round."""
         ids = self._dataset.ids
-        if self.cohort_size == len(ids):
+        if self._cohort_size == len(ids):
             return list(ids)
         rng = np.random.default_rng(derive_seed(self.place.args.seed, "cohort", round))
-        chosen = rng.choice(len(ids), self.cohort_size, replace=False, shuffle=False)
+        chosen = rng.choice(len(ids), self._cohort_size, replace=False, shuffle=False)
         return [ids[index] for index in np.sort(chosen)]
 
     def lots(self, cohort: Sequence[ClientId], round: int) -> dict[ClientId, int]:
         """A number for each client of a round: they go on from the round before, in an order that is drawn."""
         order = np.random.default_rng(derive_seed(self.place.args.seed, "lots", round)).permutation(len(cohort))
-        return {client_id: (round - 1) * self.cohort_size + int(n) for client_id, n in zip(cohort, order, strict=True)}
+        first = (round - 1) * self._cohort_size
+        return {client_id: first + int(n) for client_id, n in zip(cohort, order, strict=True)}
 
     def private(self, client_id: ClientId) -> PrivateState:
         """A client's private tensors: as it stored them, or those with which it starts."""

@@ -410,9 +410,8 @@ class FederatedTrainer(Publishing, Personalizing):
                     if self._round == 0:
                         self._routers.remember()
                     stack.enter_context(self._routers.visited())
-            stack.callback(
-                lambda: self._visitor.load(self._adaptors.untrained)
-            )  # as they are then: adaptors may be fewer
+            # As they are then: adaptors may be fewer.
+            stack.callback(lambda: self._visitor.load(self._adaptors.untrained))
             yield
 
     def _first_state(self, wanted: str | Path | bool | None) -> ServerState:
