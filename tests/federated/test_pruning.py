@@ -199,7 +199,7 @@ def test_nothing_is_removed_unasked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("switches", "round", "gone"),
-    [(0.0, 15, ["dead", "dispensable"]), (9.0, 15, []), (9.0, 31, ["dead", "dispensable"])],
+    [(0.0, 15, ["dead", "dispensable"]), (9.0, 15, []), (9.0, 51, ["dead", "dispensable"])],
 )
 def test_while_the_search_goes_on_and_clients_change_adaptors_none_is_removed(
     tmp_path: Path, switches: float, round: int, gone: list[str]

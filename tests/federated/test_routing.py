@@ -145,6 +145,25 @@ def test_losses_are_looked_at_on_so_many_examples_at_most(tmp_path: Path, monkey
     assert seen == [[5]] * 4
 
 
+@pytest.mark.parametrize(
+    ("trained", "adaptors", "looked_at"), [(10, 8, 32), (125, 16, 32), (200, 4, 50), (10_000, 4, 256)]
+)
+def test_looking_costs_a_third_of_training_if_that_is_enough(trained: int, adaptors: int, looked_at: int) -> None:
+    assert schedule.evidence_examples(trained, adaptors) == looked_at
+
+
+def test_clients_with_many_examples_look_at_some_of_them_before_they_train(tmp_path: Path) -> None:
+    data = {"points": torch.randn(200, 4).tolist(), "labels": [0] * 200}
+    clients = FederatedDataset({k: {"train": Dataset.from_dict(data)} for k in range(2)})
+    run = trainer(tmp_path, model=started(), dataset=clients, rounds=1, **POSTERIOR)
+    state = ServerState.of(run.model, run._groups, run._update.start(2))
+    with run._visit():
+        training = run._clients.turn(0, run._clients.private(0), 0, state)
+        evaluated = run._clients.turn(0, run._clients.private(0), 0)
+        assert [len(part) for part in run._update.examined(training)] == [10, 95]
+        assert [len(part) for part in run._update.examined(evaluated)] == [200]
+
+
 def test_local_steps_leave_a_posterior_alone(tmp_path: Path) -> None:
     kept = []
     for rate in (0.1, 9.0):

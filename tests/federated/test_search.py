@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from floral_peft.federated import ServerState
-from floral_peft.federated.routing import schedule
+from floral_peft.federated import FederatedArguments, ServerState
+from floral_peft.federated.routing import get_router_update, schedule
 
 from .clients import floral_net, tensors, trainer
 
@@ -66,10 +66,17 @@ def test_adaptors_are_compressed_half_way_and_the_records_say_what_is_lost(tmp_p
     assert len(set(sent)) == 2 and sent[3] < sent[2]
 
 
+@pytest.mark.parametrize(("switches", "ends"), [(0.5, 30), (1.5, 50)])
+def test_a_search_goes_on_while_clients_change_their_adaptors(tmp_path: Path, switches: float, ends: int) -> None:
+    update = get_router_update(FederatedArguments(output_dir=str(tmp_path), rounds=100))
+    memory = {"usage": torch.full((4,), 2.5), "switches": torch.tensor([switches])}  # of ten clients
+    assert [round for round in range(1, 101) if update.searched(memory, round)] == list(range(ends, 101))
+
+
 def test_a_long_run_compresses_at_the_thirtieth_participation() -> None:
-    assert schedule.searched_rounds(pace=0.1, rounds=1500) == 300
-    assert schedule.searched_rounds(pace=1.0, rounds=60) == 30
-    assert schedule.searched_rounds(pace=0.1, rounds=100) == 50
+    assert schedule.searched_rounds(pace=0.1, rounds=1500) == (300, 750)
+    assert schedule.searched_rounds(pace=1.0, rounds=60) == (30, 30)
+    assert schedule.searched_rounds(pace=0.1, rounds=100) == (50, 50)
 
 
 def test_clients_stay_with_their_adaptor_after_a_compression(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ class Posterior(RouterUpdate):
         """
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
-        settled = float(memory["switches"]) <= schedule.UNSETTLED * float(memory["usage"].sum())
-        return prune(memory["usage"], memory["losses"]) if settled or self.searched(round) else []
+        ready = _settled(memory) or self.searched(memory, round)
+        return prune(memory["usage"], memory["losses"]) if ready else []
 
     def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:
         """`search_adaptors`; by default four times as many as may stay, but one for each client is enough."""
@@ -110,9 +110,10 @@ class Posterior(RouterUpdate):
         """`search_r`; by default enough for clusters that differ in much."""
         return schedule.SEARCH_RANK if self.args.search_r is None else self.args.search_r
 
-    def searched(self, round: int) -> bool:
-        """Once clients have had the time to find their adaptors."""
-        return round >= schedule.searched_rounds(self._pace, self.args.rounds)
+    def searched(self, memory: Mapping[str, Tensor], round: int) -> bool:
+        """Once clients have had the time to find their adaptors and stay with them, or half of the run is over."""
+        least, most = schedule.searched_rounds(self._pace, self.args.rounds)
+        return round >= most or (round >= least and _settled(memory))
 
     def cut(self, memory: Mapping[str, Tensor], most: int) -> list[Drop]:
         """The least regretted."""
@@ -180,11 +181,16 @@ class Posterior(RouterUpdate):
 
     def _some(self, rows: Tensor, turn: Turn) -> Tensor:
         """So many examples as losses are looked at on, other ones each round."""
-        if len(rows) <= schedule.EVIDENCE_EXAMPLES:
+        most = schedule.EVIDENCE_EXAMPLES
+        if turn.training:
+            steps, epochs = self.args.local_steps, self.args.local_epochs
+            trained = steps * self.args.per_device_train_batch_size if steps else epochs * len(rows)
+            most = schedule.evidence_examples(trained, turn.private[turn.routers.name].shape[-1])
+        if len(rows) <= most:
             return rows
         seed = derive_seed(self.args.seed, "evidence", turn.round, turn.client_id)
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        return rows[drawn[: schedule.EVIDENCE_EXAMPLES]].sort().values
+        return rows[drawn[:most]].sort().values
 
     def _given(self, like: Tensor, adaptor: int, turn: Turn) -> Tensor:
         """A router that is all but one-hot."""
@@ -223,6 +229,11 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     held = 0 if count < 3 else max(1, min(count // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[:held].sort().values, order[held:].sort().values
+
+
+def _settled(memory: Mapping[str, Tensor]) -> bool:
+    """Whether few clients still change their adaptor at a visit."""
+    return float(memory["switches"]) <= schedule.UNSETTLED * float(memory["usage"].sum())
 
 
 def _chooses(logits: Tensor) -> bool:

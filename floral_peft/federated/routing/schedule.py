@@ -42,12 +42,14 @@ HELD_OUT_EXAMPLES = 10
 #: Clients look for theirs among so many times as many adaptors as there are to be, of so large a rank at least,
 SEARCH_ADAPTORS = 4
 SEARCH_RANK = 16
-#: until after so many participations only those stay that may, compressed, if half of the run is not over before.
+#: until after so many participations, once few change theirs at a visit, or when half of the run is over: then only
+#: those stay that may, compressed.
 SEARCHED = 30.0
 #: After a compression clients hold on to their best adaptor for so many participations, until it is itself again.
 SETTLED = 10.0
-#: Losses are looked at on so many of a client's examples at most.
+#: Losses are looked at on so many of a client's examples at most, and in a round on no fewer than these.
 EVIDENCE_EXAMPLES = 256
+EVIDENCE_LEAST = 32
 
 
 def pace(sampled: float, rounds: int) -> float:
@@ -72,14 +74,14 @@ def server_decay(pace: float) -> float:
     return math.exp(-pace / SERVER_MEMORY)
 
 
-def searched_rounds(pace: float, rounds: int) -> float:
-    """After how many rounds the search ends.
+def searched_rounds(pace: float, rounds: int) -> tuple[float, float]:
+    """After how many rounds the search ends if few clients still change their adaptor, and after how many anyway.
 
     Args:
         pace: See [`pace`].
         rounds: The rounds of the run.
     """
-    return min(SEARCHED / pace, rounds / 2)
+    return min(SEARCHED / pace, rounds / 2), rounds / 2
 
 
 def pruning_due(round: int, pace: float) -> bool:
@@ -91,3 +93,16 @@ def pruning_due(round: int, pace: float) -> bool:
     """
     events = [math.floor((t * pace - PRUNED_FROM) / PRUNED_EVERY + 1e-9) for t in (round - 1, round)]
     return 0 <= events[1] > events[0]
+
+
+def evidence_examples(trained: int, adaptors: int) -> int:
+    """On how many of its examples a client looks at the losses of the pure models before it trains.
+
+    An example's loss is a pass forward for each adaptor, and a step of training about three passes: to look costs a
+    third of what it costs to train, unless that is too little to look at.
+
+    Args:
+        trained: How many examples it trains on in a round, each as often as it comes.
+        adaptors: C.
+    """
+    return min(max(EVIDENCE_LEAST, trained // adaptors), EVIDENCE_EXAMPLES)

@@ -99,8 +99,13 @@ class RouterUpdate:
         """The least rank that they have meanwhile; None: what they have."""
         return None
 
-    def searched(self, round: int) -> bool:
-        """Whether a search that is still going on ends after a round."""
+    def searched(self, memory: Mapping[str, Tensor], round: int) -> bool:
+        """Whether a search that is still going on ends after a round.
+
+        Args:
+            memory: What the server remembers.
+            round: The round, from 1.
+        """
         return False
 
     def cut(self, memory: Mapping[str, Tensor], most: int) -> list[Drop]:
