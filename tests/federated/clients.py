@@ -9,6 +9,7 @@ import peft
 import torch
 from datasets import Dataset, DatasetDict
 from torch import nn
+from transformers import TrainerCallback
 
 import floral_peft.methods  # noqa: F401  (registers the methods)
 from floral_peft import FloralConfig
@@ -79,3 +80,14 @@ def trainer(folder: Path, method: str = "floral", model: Any = None, dataset: An
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+class StopAfter(TrainerCallback):
+    """Ends a training after a round, so that it can be gone on with."""
+
+    def __init__(self, round: int) -> None:
+        self._round = round
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop |= state.global_step == self._round
+        return control

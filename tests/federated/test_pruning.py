@@ -16,7 +16,7 @@ from torch import Tensor
 from floral_peft.federated.routing import Drop, Posterior, prune, register_router_update, regrets, schedule
 from floral_peft.federated.routing.numbering import numbered, renumbered
 
-from .clients import floral_net, tensors, trainer
+from .clients import StopAfter, floral_net, tensors, trainer
 
 
 @register_router_update
@@ -135,7 +135,9 @@ def test_a_round_says_which_adaptors_went_and_why_by_their_first_numbers(tmp_pat
 def test_a_run_goes_on_from_a_checkpoint_before_or_after_a_pruning(tmp_path: Path, until: int) -> None:
     whole = run(tmp_path / "whole", server_optimizer="adam", server_learning_rate=0.01)
     parts: dict[str, Any] = {"server_optimizer": "adam", "server_learning_rate": 0.01, "save_steps": 1}
-    run(tmp_path / "parts", rounds=until, **parts)
+    first = trainer(tmp_path / "parts", model=started(), **(SETTINGS | parts))
+    first.callback_handler.add_callback(StopAfter(until))
+    first.train()
     assert_equal(whole, run(tmp_path / "parts", resume=True, **parts))
 
 
@@ -192,9 +194,27 @@ def test_a_published_model_has_the_adaptors_that_are_left(tmp_path: Path) -> Non
 def test_nothing_is_removed_unasked(tmp_path: Path) -> None:
     args = trainer(tmp_path, model=started(), router_update="posterior", prune_adaptors=False).args
     usage = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
-    memory = {"usage": usage, "losses": torch.ones(4, 4, dtype=torch.float64), "switches": torch.zeros(1)}
+    pairs = {"losses": torch.ones(4, 4, dtype=torch.float64), "squares": torch.zeros(4, 4, dtype=torch.float64)}
+    memory = {"usage": usage, "switches": torch.zeros(1), **pairs}
     assert Posterior(args).prune(memory, 15) == []
     assert len(Posterior(replace(args, prune_adaptors=True)).prune(memory, 15)) == 3
+
+
+def test_one_user_proves_nothing(tmp_path: Path) -> None:
+    """Two adaptors that are nearly the same for their users: dispensable if many say so, not if it is one."""
+    args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
+    means = torch.tensor([[0, 2, 2, 2], [2, 0, 2, 2], [2, 2, 0, 0.1], [2, 2, 0.1, 0]], dtype=torch.float64)
+    gone = []
+    for users in (1.0, 30.0):  # each of the adaptors has; of late every client came 1/(1 − δ) times
+        usage = torch.full((4,), users / (1 - schedule.server_decay(1.0)), dtype=torch.float64)
+        memory = {
+            "usage": usage,
+            "losses": means * users / (1 - schedule.server_decay(1.0)),
+            "switches": torch.zeros(1),
+        }
+        memory["squares"] = (means**2 + 0.09) * usage[:, None]  # clients differ by 0.3
+        gone.append([drop.adaptor for drop in Posterior(args).prune(memory, 15)])
+    assert gone == [[], [2]]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +226,7 @@ def test_while_the_search_goes_on_and_clients_change_adaptors_none_is_removed(
 ) -> None:
     args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
     memory = {"usage": USAGE[:4], "losses": losses_of([row[:4] for row in MEANS[:4]])}
-    memory["switches"] = switches / 50 * memory["usage"].sum().view(1)
+    memory |= {"switches": switches / 50 * memory["usage"].sum().view(1), "squares": torch.zeros(4, 4)}
     assert [drop.why for drop in Posterior(args).prune(memory, round)] == gone
 
 

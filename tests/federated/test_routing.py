@@ -19,7 +19,7 @@ from floral_peft.federated.routing.balance import balance
 from floral_peft.federated.routing.posterior import hold_out
 from floral_peft.federated.seeding import derive_seed
 
-from .clients import examples, floral_net, net, tensors, trainer
+from .clients import StopAfter, examples, floral_net, net, tensors, trainer
 
 
 POSTERIOR: dict[str, Any] = {"router_update": "posterior", "search_adaptors": 1, "search_r": 1}
@@ -75,43 +75,69 @@ def test_every_adaptor_is_dealt_out_to_as_many_clients(tmp_path: Path) -> None:
     assert {run._clients.lots(["a", "b"], round)["a"] % 2 for round in range(9)} == {0, 1}
 
 
-def visited(run: Any, client_id: str, theta: Tensor) -> Tensor:
-    """θ after a visit that changes nothing else."""
-    data = run.dataset[client_id]["train"]
-    others = data.select(hold_out(len(data), derive_seed(42, "held out", client_id))[1])
-    count = min(len(others), schedule.EARLY_EXAMPLES)
-    theta = schedule.CLIENT_MEMORY * theta - count * pure_losses(run, client_id, data=others)
-    return theta - theta.max()
+def two_rounds(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """A run over two rounds of four in which nothing is learned, and what the server remembers."""
+    run = trainer(folder, model=started(), learning_rate=0.0, rounds=4, save_steps=2, **POSTERIOR)
+    run.callback_handler.add_callback(StopAfter(2))
+    run.train()
+    memory = json.loads((folder / "checkpoint-2/server/state.json").read_bytes())["routing"]
+    return run, {name: torch.tensor(value, dtype=torch.float64) for name, value in memory.items()}
+
+
+def expected(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """θ of each client after these rounds, and what the server should remember."""
+    memory = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in run._update.sums(2).items()}
+    theta = {client_id: dealt(run, client_id) for client_id in run.dataset}
+    for round in range(2):
+        handicap = balance(memory["usage"], schedule.BALANCE * (1 - round / schedule.BALANCED))
+        optimism = (memory["optimism"] / memory["usage"].sum().clamp(min=1e-9)).clamp(min=0).float()
+        memory = {name: schedule.server_decay(1.0) * value for name, value in memory.items()}
+        for client_id in run.dataset:
+            data, before = run.dataset[client_id]["train"], theta[client_id]
+            kept_back, others = hold_out(len(data), derive_seed(42, "held out", client_id))
+            seen = pure_losses(run, client_id, data=data.select(others))
+            told = pure_losses(run, client_id, data=data.select(kept_back)).double()
+            own = optimism * torch.softmax(before, dim=0) if round else 0
+            after = schedule.CLIENT_MEMORY * before - min(len(others), schedule.EARLY_EXAMPLES) * (seen + own)
+            mixture = torch.softmax(after.double() - handicap, dim=0)
+            memory["usage"] += mixture
+            memory["losses"] += torch.outer(mixture, told)
+            memory["squares"] += mixture[:, None] * (told[None, :] - told[:, None]) ** 2
+            memory["optimism"] += (mixture * (told - seen.double())).sum()
+            memory["switches"] += round * float(before.argmax() != after.argmax())
+            theta[client_id] = after - after.max()
+    return theta, memory
 
 
 def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_of_it(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=2, **POSTERIOR)
-    run.train()
-    for client_id in run.dataset:
-        kept = run._store.get(client_id)[run._routers.name].flatten()
-        expected = visited(run, client_id, visited(run, client_id, dealt(run, client_id)))
-        assert torch.allclose(kept, expected, atol=1e-3)
+    run, _ = two_rounds(tmp_path)
+    for client_id, theta in expected(run)[0].items():
+        assert torch.allclose(run._store.get(client_id)[run._routers.name].flatten(), theta, atol=1e-3)
 
 
 def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=2, save_steps=2, **POSTERIOR)
-    run.train()
-    memory = json.loads((tmp_path / "checkpoint-2/server/state.json").read_bytes())["routing"]
-    usage = torch.zeros(2, dtype=torch.float64)
-    sums = torch.zeros(2, 2, dtype=torch.float64)
-    theta = {client_id: dealt(run, client_id) for client_id in run.dataset}
-    for round in range(2):
-        handicap = balance(usage, schedule.BALANCE * (1 - round / schedule.BALANCED))
-        usage, sums = (schedule.server_decay(1.0) * value for value in (usage, sums))
-        for client_id in run.dataset:
-            theta[client_id] = visited(run, client_id, theta[client_id])
-            mixture = torch.softmax(theta[client_id].double() - handicap, dim=0)
-            usage = usage + mixture
-            data = run.dataset[client_id]["train"]
-            held_out = data.select(hold_out(len(data), derive_seed(42, "held out", client_id))[0])
-            sums = sums + torch.outer(mixture, pure_losses(run, client_id, data=held_out).double())
-    assert torch.allclose(torch.tensor(memory["usage"], dtype=torch.float64), usage, atol=1e-3)
-    assert torch.allclose(torch.tensor(memory["losses"], dtype=torch.float64), sums, atol=1e-3)
+    run, memory = two_rounds(tmp_path)
+    for name, value in expected(run)[1].items():
+        assert torch.allclose(memory[name], value, atol=1e-3), name
+    assert float(memory["optimism"].abs()) > 0.01
+
+
+@pytest.mark.parametrize(("loss", "leaves"), [(0.0, False), (9.0, True)])
+def test_the_adaptor_that_a_client_has_trained_is_taken_to_be_worse_than_it_looks(
+    tmp_path: Path, loss: float, leaves: bool
+) -> None:
+    run = trainer(tmp_path, model=started(), router_update="posterior")
+    memory = run._update.start(2) | {"usage": torch.ones(2), "optimism": torch.tensor([2 * loss])}
+    state = ServerState.of(run.model, run._groups, memory)
+    with run._visit():
+        private = run._clients.private("client 0")
+        turn = run._clients.turn("client 0", private, 0, state)
+        best = int(turn.pure_losses_of([torch.arange(12)])[0].argmin())
+        logits = torch.zeros(1, 1, 2)
+        logits[..., best] = 5.0
+        turn.private = {**private, run._routers.name: logits}
+        kept = run._arrivals(turn).kept[run._routers.name]
+    assert (int(kept.argmax()) != best) is leaves
 
 
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (29, 2), (200, 10)])
@@ -208,7 +234,9 @@ def test_rounds_say_how_many_clients_have_switched(tmp_path: Path) -> None:
 def test_a_resumed_run_ends_as_an_untroubled_one(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "a", rounds=4, clients_per_round=3, **POSTERIOR)
     whole.train()
-    trainer(tmp_path / "b", rounds=2, clients_per_round=3, save_steps=2, **POSTERIOR).train()
+    first = trainer(tmp_path / "b", rounds=4, clients_per_round=3, save_steps=2, **POSTERIOR)
+    first.callback_handler.add_callback(StopAfter(2))
+    first.train()
     resumed = trainer(tmp_path / "b", rounds=4, clients_per_round=3, save_steps=2, **POSTERIOR)
     resumed.train(resume_from_checkpoint=True)
     for (name, value), other in zip(tensors(whole.model).items(), tensors(resumed.model).values(), strict=True):

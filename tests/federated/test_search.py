@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from floral_peft.federated import FederatedArguments, ServerState
 from floral_peft.federated.routing import get_router_update, schedule
 
-from .clients import floral_net, tensors, trainer
+from .clients import StopAfter, floral_net, tensors, trainer
 
 
 SETTINGS: dict[str, Any] = {
@@ -23,15 +22,6 @@ SETTINGS: dict[str, Any] = {
     "rounds": 6,
     "prune_adaptors": False,
 }
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, round: int) -> None:
-        self._round = round
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop |= state.global_step == self._round
-        return control
 
 
 def run(folder: Path, model: Any = None, resume: bool = False, **settings: Any) -> Any:
@@ -66,6 +56,22 @@ def test_adaptors_are_compressed_half_way_and_the_records_say_what_is_lost(tmp_p
     assert len(set(sent)) == 2 and sent[3] < sent[2]
 
 
+@pytest.mark.parametrize(
+    ("num_adaptors", "clients", "searching"), [(4, 300, 16), (4, 10, 10), (8, 20, 16), (8, 50, 25), (30, 20, 30)]
+)
+def test_few_clients_search_among_few_adaptors(
+    tmp_path: Path, num_adaptors: int, clients: int, searching: int
+) -> None:
+    update = get_router_update(FederatedArguments(output_dir=str(tmp_path)))
+    assert update.search_adaptors(num_adaptors, clients) == searching
+
+
+@pytest.mark.parametrize(("rate", "longest"), [(0.01, 1.0), (0.1, 1.0), (1.0, 1 / 6)])
+def test_no_step_of_an_adaptor_is_long_at_a_high_rate(tmp_path: Path, rate: float, longest: float) -> None:
+    args = FederatedArguments(output_dir=str(tmp_path), learning_rate=rate)
+    assert get_router_update(args).settle(args).max_step_norm == pytest.approx(longest)
+
+
 @pytest.mark.parametrize(("switches", "ends"), [(0.5, 30), (1.5, 50)])
 def test_a_search_goes_on_while_clients_change_their_adaptors(tmp_path: Path, switches: float, ends: int) -> None:
     update = get_router_update(FederatedArguments(output_dir=str(tmp_path), rounds=100))
@@ -80,7 +86,7 @@ def test_a_long_run_compresses_at_the_thirtieth_participation() -> None:
 
 
 def test_clients_stay_with_their_adaptor_after_a_compression(tmp_path: Path) -> None:
-    made = run(tmp_path, rounds=8, learning_rate=0.5)
+    made = run(tmp_path, rounds=8, learning_rate=0.2)
     assert all(record["switches"] == 0 for record in made.records[4:])
     logits = made._clients.private("client 0")[made._routers.name].flatten()
     assert sorted(logits.tolist()) == [0.0, 0.0, schedule.ASSIGNED]

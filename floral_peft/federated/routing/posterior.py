@@ -36,16 +36,20 @@ class Posterior(RouterUpdate):
 
     Clients look for theirs among more adaptors than may stay, and of a larger rank: see [`Adaptors`].
 
-    The server learns, beside the aggregate, three sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f_k,
-    and how many clients' best adaptor has changed. It remembers them with a fading memory, the first two as U and N.
-    By them it removes adaptors: see [`prune`]. Early in a run, the losses in N are those of examples that the client
-    does neither train on nor choose by: see [`hold_out`].
+    Early in a run, a client keeps some of its examples back: see [`hold_out`]. On the others the adaptor that it has
+    trained looks better than it is. How much better, on average over the clients, is added to that adaptor's loss:
+    few clients would otherwise stay for ever with what each has trained alone.
+
+    The server learns, beside the aggregate, five sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on
+    the examples kept back, the squares of their differences Σ_k π_ka (f̃_kb − f̃_ka)², by how much all losses are
+    higher there than on the others, and how many clients' best adaptor has changed. It remembers them with a fading
+    memory, the first three as U, N and S. By these it removes adaptors: see [`prune`].
     """
 
     name = "posterior"
 
     def settle(self, args: FederatedArguments) -> FederatedArguments:
-        """Labels are discounted. By SGD, adaptors learn faster than the base, in steps of bounded length.
+        """Labels are discounted. By SGD, adaptors learn faster than the base; no gradient and no step is long.
 
         Those steps may then be damped as little as in the paper: factors that start at zero leave it in few steps, and
         so adaptors come to differ before they are looked at for the first time. In mixed precision the damping stays
@@ -55,11 +59,16 @@ class Posterior(RouterUpdate):
         found = replace(args, label_prior=args.label_prior is not False)
         if args.optimizer.lower() != "sgd":  # others choose the length of their steps themselves
             return found
-        if args.adaptor_learning_rate is None:
-            found = replace(found, adaptor_learning_rate=schedule.ADAPTOR_RATE * args.learning_rate)
+        rate = args.adaptor_learning_rate
+        if rate is None:
+            rate = schedule.ADAPTOR_RATE * args.learning_rate
+            found = replace(found, adaptor_learning_rate=rate)
         if args.precondition_epsilon is None and args.mixed_precision == "no":
             found = replace(found, precondition_epsilon=schedule.DAMPING)
-        return replace(found, max_step_norm=schedule.STEP_NORM) if args.max_step_norm is None else found
+        if args.max_step_norm is None:
+            longest = min(schedule.STEP_NORM, schedule.STEP_LENGTH / rate) if rate else schedule.STEP_NORM
+            found = replace(found, max_step_norm=longest)
+        return found
 
     def settings(self, settings: RouterSettings) -> RouterSettings:
         """No noise: nothing is explored by chance."""
@@ -74,37 +83,35 @@ class Posterior(RouterUpdate):
         return self._examined(*self._split(turn), turn)
 
     def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
-        """Usage (C,); losses (C, C), of the users of a under b; who changed their best adaptor (1,)."""
-        return {
-            "usage": torch.Size([num_adaptors]),
-            "losses": torch.Size([num_adaptors, num_adaptors]),
-            "switches": torch.Size([1]),
-        }
+        """Usage (C,); losses (C, C), of the users of a under b, and squared differences; two counts (1,)."""
+        each, pairs, one = torch.Size([num_adaptors]), torch.Size([num_adaptors, num_adaptors]), torch.Size([1])
+        return {"usage": each, "losses": pairs, "squares": pairs, "optimism": one, "switches": one}
 
     def start(self, num_adaptors: int) -> dict[str, Tensor]:
         """Sums that are zero."""
         return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.sums(num_adaptors).items()}
 
     def absorb(self, memory: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """U ← δ U + Σ_k π_k, N ← δ N + Σ_k π_kᵀ f_k, and switches likewise."""
+        """U ← δ U + Σ_k π_k, N ← δ N + Σ_k π_kᵀ f_k, and so all sums."""
         decay = schedule.server_decay(self._pace)
         return {**memory, **{name: decay * memory[name] + value for name, value in sums.items()}}
 
     def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
-        """Dead and dispensable adaptors, by U and N, from time to time.
+        """Dead and dispensable adaptors, by U, N and S, from time to time.
 
         None goes before the search ends as long as many clients still change theirs: adaptors have not parted yet.
         """
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
         ready = _settled(memory) or self.searched(memory, round)
-        return prune(memory["usage"], memory["losses"]) if ready else []
+        return prune(memory["usage"], memory["losses"], self._errors(memory)) if ready else []
 
     def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:
-        """`search_adaptors`; by default four times as many as may stay, but one for each client is enough."""
+        """`search_adaptors`; by default four times as many as may stay, unless that is many for so few clients."""
         if self.args.search_adaptors is not None:
             return max(num_adaptors, self.args.search_adaptors)
-        return max(num_adaptors, min(schedule.SEARCH_ADAPTORS * num_adaptors, num_clients))
+        enough = min(num_clients, max(schedule.ENOUGH_ADAPTORS, num_clients // 2))
+        return max(num_adaptors, min(schedule.SEARCH_ADAPTORS * num_adaptors, enough))
 
     def search_rank(self) -> int:
         """`search_r`; by default enough for clusters that differ in much."""
@@ -125,13 +132,24 @@ class Posterior(RouterUpdate):
         return {**memory, "settled until": until}
 
     def regrets(self, memory: Mapping[str, Tensor]) -> Tensor:
-        """By U and N."""
+        """By U and N, without regard to errors."""
         return regrets(memory["usage"], memory["losses"])
 
     def keep(self, memory: Mapping[str, Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
-        """U and N of those that stay."""
+        """U, N and S of those that stay."""
         chosen = torch.tensor(kept)
-        return {**memory, "usage": memory["usage"][chosen], "losses": memory["losses"][chosen][:, chosen]}
+        pairs = {name: memory[name][chosen][:, chosen] for name in ("losses", "squares")}
+        return {**memory, "usage": memory["usage"][chosen], **pairs}
+
+    def _errors(self, memory: Mapping[str, Tensor]) -> Tensor:
+        """How far the mean differences between adaptors, over the users of each, may be off: (C, C).
+
+        √(mean square / users): standard errors, but for a mean that is taken for 0. So one user proves nothing.
+        """
+        fading = 1 - schedule.server_decay(self._pace)
+        users = (memory["usage"] * fading / self.sampled).clamp(min=1e-9)
+        means = memory["squares"] / memory["usage"].clamp(min=1e-9).unsqueeze(1)
+        return schedule.CAUTION * (means / users.unsqueeze(1)).sqrt()
 
     @property
     def _pace(self) -> float:
@@ -143,9 +161,12 @@ class Posterior(RouterUpdate):
         routers, done = turn.routers, turn.round * self._pace  # in participations
         held_out, others = self._split(turn)
         *unseen, losses = turn.pure_losses_of(self._examined(held_out, others, turn))
-        losses = as_log_likelihoods(losses, turn)
+        seen = as_log_likelihoods(losses, turn)
         before = turn.private[routers.name]  # (1, L, C)
         chosen = _chooses(before)
+        losses = seen
+        if chosen and len(held_out):
+            losses = seen + _optimism(turn.memory) * routers.mixture_of(before)
         if turn.training and not chosen and done < schedule.BALANCED:
             before = self._given(before, turn.lot % before.shape[-1], turn)
         early = turn.training and done < schedule.BALANCED
@@ -161,10 +182,12 @@ class Posterior(RouterUpdate):
         handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))
         working = routers.less(kept, handicap)
         mixture = routers.mixture_of(working).double()
-        told = as_log_likelihoods(unseen[0], turn) if unseen else losses
+        told = (as_log_likelihoods(unseen[0], turn) if unseen else seen).double()
         sums = {
             "usage": mixture,
-            "losses": torch.outer(mixture, told.double()),
+            "losses": torch.outer(mixture, told),
+            "squares": mixture.unsqueeze(1) * (told - told.unsqueeze(1)).square(),
+            "optimism": mixture.dot(told - seen.double()).view(1),
             "switches": torch.tensor([float(chosen and _best(before) != _best(kept))], dtype=torch.float64),
         }
         trains_on = turn.examples.select(others) if len(held_out) else turn.examples
@@ -172,7 +195,7 @@ class Posterior(RouterUpdate):
 
     def _split(self, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rows of the examples that it does not train on for now, and of the others."""
-        if turn.training and turn.round * self._pace < schedule.HELD_OUT:
+        if turn.training and turn.round < schedule.held_out_rounds(self._pace, self.args.rounds):
             return hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
         return torch.arange(0), torch.arange(turn.num_examples)
 
@@ -234,6 +257,11 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def _settled(memory: Mapping[str, Tensor]) -> bool:
     """Whether few clients still change their adaptor at a visit."""
     return float(memory["switches"]) <= schedule.UNSETTLED * float(memory["usage"].sum())
+
+
+def _optimism(memory: Mapping[str, Tensor]) -> float:
+    """By how much the loss of the adaptor that a client has is higher on examples that it has not trained on."""
+    return max(0.0, float(memory["optimism"] / memory["usage"].sum().clamp(min=1e-9)))
 
 
 def _chooses(logits: Tensor) -> bool:

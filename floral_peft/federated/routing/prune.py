@@ -50,16 +50,17 @@ def told(drops: Sequence[Drop], numbers: Sequence[int]) -> list[dict[str, Any]]:
     return [{**vars(drop), "adaptor": names[drop.adaptor], "instead": names[drop.instead]} for drop in drops]
 
 
-def regrets(usage: Tensor, losses: Tensor) -> Tensor:
+def regrets(usage: Tensor, losses: Tensor, errors: Tensor | None = None) -> Tensor:
     """R_cb: what the users of adaptor c would lose with b in place of it, in units of what adaptors matter at all.
 
-        M = N / U,   G_cb = M_cb − M_cc,   R_cb = G_cb / Σ_a w_a max_b G_ab,   w = U / ΣU
+        M = N / U,   G_cb = M_cb − M_cc,   R_cb = (G_cb + E_cb) / Σ_a w_a max_b G_ab,   w = U / ΣU
 
     Two adaptors of one cluster are near 0 for each other's users; adaptors of different clusters near 1.
 
     Args:
         usage: U, how many clients each adaptor stood for of late, (C,).
         losses: N, the sums of their losses under each adaptor, (C, C): a row for the users, a column for the adaptor.
+        errors: E, by how much G may be too low, (C, C), 0 on its diagonal; none by default.
 
     Returns:
         (C, C); its diagonal is 0. All of it, where adaptors do not matter.
@@ -69,10 +70,12 @@ def regrets(usage: Tensor, losses: Tensor) -> Tensor:
     gaps = means - means.diagonal().unsqueeze(1)
     share = usage / usage.sum().clamp(min=tiny)
     matter = (share * gaps.amax(dim=1)).sum()
-    return gaps / matter if float(matter) > 0 else torch.zeros_like(gaps)
+    if not float(matter) > 0:
+        return torch.zeros_like(gaps)
+    return (gaps if errors is None else gaps + errors) / matter
 
 
-def prune(usage: Tensor, losses: Tensor) -> list[Drop]:
+def prune(usage: Tensor, losses: Tensor, errors: Tensor | None = None) -> list[Drop]:
     """The adaptors that can go now, in the order in which they do.
 
     First the dead ones. Then, one after the other, the one whose users lose least with another, if that is little;
@@ -81,6 +84,7 @@ def prune(usage: Tensor, losses: Tensor) -> list[Drop]:
     Args:
         usage: U, (C,).
         losses: N, (C, C).
+        errors: E, (C, C), see [`regrets`]: the larger, the more adaptors stay.
     """
     if not bool(usage.sum() > 0):
         return []
@@ -92,7 +96,7 @@ def prune(usage: Tensor, losses: Tensor) -> list[Drop]:
             drops.append(Drop(adaptor, "dead", float(shares[adaptor])))
             alive.remove(adaptor)
     for _ in range(max(1, int(MOST_AT_ONCE * len(alive)))):
-        found = _least_regretted(usage, losses, alive)
+        found = _least_regretted(usage, losses, alive, errors)
         if found is None or found.regret is None or found.regret >= LEAST_REGRET:
             break
         drops.append(found)
@@ -115,7 +119,7 @@ def cut(usage: Tensor, losses: Tensor, most: int) -> list[Drop]:
     return drops
 
 
-def _least_regretted(usage: Tensor, losses: Tensor, alive: list[int]) -> Drop | None:
+def _least_regretted(usage: Tensor, losses: Tensor, alive: list[int], errors: Tensor | None = None) -> Drop | None:
     """Of several adaptors that one whose users lose least with another; None where there is but one.
 
     Of two that are dispensable for each other it is the less used.
@@ -123,7 +127,8 @@ def _least_regretted(usage: Tensor, losses: Tensor, alive: list[int]) -> Drop | 
     if len(alive) <= FEWEST:
         return None
     chosen = torch.tensor(alive)
-    found = regrets(usage[chosen], losses[chosen][:, chosen]).fill_diagonal_(torch.inf)
+    known = [tensor[chosen][:, chosen] for tensor in (losses, errors) if tensor is not None]
+    found = regrets(usage[chosen], *known).fill_diagonal_(torch.inf)
     first, second = divmod(int(found.argmin()), len(alive))
     mutual = float(found[second, first]) < LEAST_REGRET
     if mutual and float(usage[chosen[second]]) < float(usage[chosen[first]]):

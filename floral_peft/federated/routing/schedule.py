@@ -27,20 +27,26 @@ PRUNED_FROM = 15.0
 PRUNED_EVERY = 1.2
 #: Before the search ends, all stay while more than this share of the clients change theirs at a visit.
 UNSETTLED = 0.1
-#: The adaptors' learning rate in units of the base's, and the longest step of any weight or adaptor, as matrices.
+#: In deciding which of them can go, differences between adaptors are taken to be larger by so many standard errors.
+CAUTION = 1.0
+#: The adaptors' learning rate in units of the base's; the longest gradient of any weight or adaptor, as matrices; and
+#: the longest step of an adaptor, where a high rate would make a longer one of that.
 ADAPTOR_RATE = 6.0
 STEP_NORM = 1.0
+STEP_LENGTH = 1.0
 #: The damping of preconditioned steps, the paper's: they are bounded anyway.
 DAMPING = 1e-5
 #: The logit of an adaptor that a client is given: drawn for its first visit, or kept through a compression.
 ASSIGNED = 20.0
-#: Over so many participations a client trains without one in so many of its examples, so many at most: by them the
-#: server tells duplicates.
+#: Over so many participations, half of the run at most, a client trains without one in so many of its examples, so
+#: many at most: by them the server tells duplicates.
 HELD_OUT = 30.0
 HELD_OUT_SHARE = 10
 HELD_OUT_EXAMPLES = 10
-#: Clients look for theirs among so many times as many adaptors as there are to be, of so large a rank at least,
+#: Clients look for theirs among so many times as many adaptors as there are to be, but not among more than half as
+#: many as there are clients, if those are more than enough; of so large a rank at least,
 SEARCH_ADAPTORS = 4
+ENOUGH_ADAPTORS = 16
 SEARCH_RANK = 16
 #: until after so many participations, once few change theirs at a visit, or when half of the run is over: then only
 #: those stay that may, compressed.
@@ -82,6 +88,16 @@ def searched_rounds(pace: float, rounds: int) -> tuple[float, float]:
         rounds: The rounds of the run.
     """
     return min(SEARCHED / pace, rounds / 2), rounds / 2
+
+
+def held_out_rounds(pace: float, rounds: int) -> float:
+    """For how many rounds clients hold examples back.
+
+    Args:
+        pace: See [`pace`].
+        rounds: The rounds of the run.
+    """
+    return min(HELD_OUT / pace, rounds / 2)
 
 
 def pruning_due(round: int, pace: float) -> bool:
