@@ -19,7 +19,7 @@ from floral_peft.federated.routing.balance import balance
 from floral_peft.federated.routing.posterior import hold_out
 from floral_peft.federated.seeding import derive_seed
 
-from .clients import StopAfter, examples, floral_net, net, tensors, trainer
+from .clients import StopAfter, examples, floral_net, kept_with, net, tensors, trainer
 
 
 POSTERIOR: dict[str, Any] = {"router_update": "posterior", "search_adaptors": 1, "search_r": 1}
@@ -127,17 +127,9 @@ def test_the_adaptor_that_a_client_has_trained_is_taken_to_be_worse_than_it_look
     tmp_path: Path, loss: float, leaves: bool
 ) -> None:
     run = trainer(tmp_path, model=started(), router_update="posterior")
-    memory = run._update.start(2) | {"usage": torch.ones(2), "optimism": torch.tensor([2 * loss])}
-    state = ServerState.of(run.model, run._groups, memory)
-    with run._visit():
-        private = run._clients.private("client 0")
-        turn = run._clients.turn("client 0", private, 0, state)
-        best = int(turn.pure_losses_of([torch.arange(12)])[0].argmin())
-        logits = torch.zeros(1, 1, 2)
-        logits[..., best] = 5.0
-        turn.private = {**private, run._routers.name: logits}
-        kept = run._arrivals(turn).kept[run._routers.name]
-    assert (int(kept.argmax()) != best) is leaves
+    memory = {"usage": torch.ones(2), "optimism": torch.tensor([2 * loss])}
+    best, kept = kept_with(run, memory, lambda losses: int(losses.argmin()))
+    assert (kept != best) is leaves
 
 
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (29, 2), (200, 10)])

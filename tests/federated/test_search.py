@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from floral_peft.federated import FederatedArguments, ServerState
+from floral_peft.federated import FederatedArguments
 from floral_peft.federated.routing import get_router_update, schedule
 
-from .clients import StopAfter, floral_net, tensors, trainer
+from .clients import StopAfter, floral_net, kept_with, tensors, trainer
 
 
 SETTINGS: dict[str, Any] = {
@@ -98,17 +98,8 @@ def test_a_client_lets_go_of_its_adaptor_only_where_another_is_much_better(
 ) -> None:
     monkeypatch.setattr(schedule, "ASSIGNED", hold)
     made = trainer(tmp_path, model=floral_net(init_std=0.7), router_update="posterior")
-    memory = made._update.start(2) | {"settled until": torch.tensor([9.0])}
-    state = ServerState.of(made.model, made._groups, memory)
-    with made._visit():
-        private = made._clients.private("client 0")
-        turn = made._clients.turn("client 0", private, 0, state)
-        worst = int(turn.pure_losses_of([torch.arange(12)])[0].argmax())
-        logits = torch.zeros(1, 1, 2)
-        logits[..., worst] = 5.0
-        turn.private = {**private, made._routers.name: logits}
-        kept = made._arrivals(turn).kept[made._routers.name]
-    assert (int(kept.argmax()) != worst) is moves
+    worst, kept = kept_with(made, {"settled until": torch.tensor([9.0])}, lambda losses: int(losses.argmax()))
+    assert (kept != worst) is moves
 
 
 @pytest.mark.parametrize("until", [2, 3, 4])
