@@ -128,13 +128,13 @@ class Adaptors:
         if drops := self._update.prune(server.routing, server.round):
             found["pruned"] = told(drops, server.adaptors)
             server = self._without(server, [drop.adaptor for drop in drops])
-        if server.wide and self._update.searched(server.routing, server.round):
+        if self._update.searched(server.routing, server.round):
             server, more = self.end_search(server)
             found = {**more, "pruned": found.get("pruned", []) + more["pruned"]}
         return server, found
 
     def end_search(self, server: ServerState) -> tuple[ServerState, dict[str, Any]]:
-        """No more adaptors stay than may, and they are compressed to the ranks that they are to have.
+        """No more adaptors stay than may, and they have, compressed, the ranks that they are to have.
 
         Args:
             server: As of `after_round`, and so is what is returned.

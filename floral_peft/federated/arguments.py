@@ -55,8 +55,8 @@ class FederatedArguments:
     adaptor_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the adaptors. By default learning_rate, with "
-            'router_update="posterior" and SGD 6 times as much.'
+            "help": 'Learning rate of the adaptors. By default learning_rate; with router_update="posterior" and SGD '
+            "6 times as much while clients look for theirs, and then falling to learning_rate until the run ends."
         },
     )
     router_learning_rate: float | None = field(
@@ -69,7 +69,8 @@ class FederatedArguments:
         default=None,
         metadata={
             "help": "Clip the gradient of each base weight, and of each adaptor as the matrix that it adds, to this "
-            'norm; 0: no clipping. By default 1 with router_update="posterior" and SGD, otherwise none.'
+            'norm; 0: no clipping. By default none; with router_update="posterior" and SGD at most 1 while clients '
+            "look for their adaptors, and then 2 / adaptor_learning_rate."
         },
     )
     max_grad_norm: float | None = field(
@@ -105,8 +106,9 @@ class FederatedArguments:
     label_prior: bool | None = field(
         default=None,
         metadata={
-            "help": "Where the loss is a classifier's cross entropy, train on logits + log q(label), q how often "
-            'the client has a label, and evaluate plain logits. By default where router_update="posterior" learns.'
+            "help": "Where the loss is a classifier's cross entropy, train, and look for adaptors, on logits + log "
+            "q(label), q how often the client has a label, and evaluate plain logits. By default where "
+            'router_update="posterior" learns; then training is on plain logits once clients have found theirs.'
         },
     )
     adaptor_aggregation: str = field(

@@ -38,7 +38,7 @@ class LocalTraining:
         self._visitor = place.visitor
         self._forward = place.forward
         self._groups = place.groups
-        self._args = place.args
+        self._place = place
         self._accelerator = place.accelerator
         self._collator = place.collator
         self._norms = [module for module in place.model.modules() if isinstance(module, _BatchNorm)]
@@ -67,18 +67,18 @@ class LocalTraining:
             raise UpdateError(f"client {client_id!r} has no training examples")
         round = state.round + 1
         # Dropout, a router's noise and the dataset's transform draw from the global generators.
-        seed_generators(derive_seed(self._args.seed, "train", round, client_id), self._accelerator.device)
-        order = torch.Generator().manual_seed(derive_seed(self._args.seed, "shuffle", round, client_id))
+        seed_generators(derive_seed(self._place.args.seed, "train", round, client_id), self._accelerator.device)
+        order = torch.Generator().manual_seed(derive_seed(self._place.args.seed, "shuffle", round, client_id))
         self._visitor.load(private, state)
         self._model.train()
         for norm in self._resting:
             norm.eval()
         examples = Examples.of(dataset, self._collator, self._accelerator.device)
-        constants = self._forward.constants(examples)
+        constants = self._forward.constants(examples) if self._place.args.label_prior else {}
         parameters = dict(self._model.named_parameters())
         trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
         # The last phase's loss is that of the model that is sent.
-        for phase in training_phases(trainable, self._groups, self._args.alternating):
+        for phase in training_phases(trainable, self._groups, self._place.args.alternating):
             with _only_training(parameters, phase):
                 loss = self._run_steps({name: parameters[name] for name in phase}, examples, constants, order, state)
         deltas, trained = self._visitor.result(state)
@@ -101,7 +101,7 @@ class LocalTraining:
         state: ServerState,
     ) -> float:
         """Train parameters for the local epochs or steps. Returns the mean loss of an example."""
-        args, accelerator = self._args, self._accelerator
+        args, accelerator = self._place.args, self._accelerator
         groups = optimizer_groups(parameters, self._groups, args)
         plain = args.optimizer.lower() == "sgd" and not args.optimizer_kwargs and not args.fp16
         optimizer: Any = PlainSGD(groups) if plain else args.build_optimizer(groups)
@@ -138,7 +138,7 @@ class LocalTraining:
         return float(total) / seen
 
     def _precision(self) -> AbstractContextManager[None]:
-        mixed = self._args.bf16 or self._args.fp16
+        mixed = self._place.args.bf16 or self._place.args.fp16
         return self._accelerator.autocast() if mixed else nullcontext()
 
     def _usage(self, num_examples: int) -> Tensor | None:

@@ -67,7 +67,7 @@ def choose_kind(place: Workplace, client_ids: Sequence[ClientId], load: Load, st
         if state.round and (kept := _read(path)).get("device") == device and kept.get("cohort") in KINDS:
             return str(kept["cohort"])
     few = replace(args, local_epochs=1, local_steps=TRIAL_STEPS)
-    trial = place._replace(args=few)
+    trial = replace(place, args=few)
     reason = _obstacle(trial, client_ids[:3], load, state)
     if args.cohort == "vectorized":
         if reason is not None:

@@ -125,7 +125,7 @@ class Forward:
         return replace(prediction, loss=loss)
 
     def discount_labels(self, asked: bool) -> None:
-        """Whether a classifier's loss is to be that of logits + log q in training, where it is the cross entropy.
+        """Whether a classifier's loss may be that of logits + log q, where it is the cross entropy.
 
         q(y) is how often the client has the label y: what its labels are, by chance or by nature, is then no part of
         what its adaptors learn. Outputs stay plain.

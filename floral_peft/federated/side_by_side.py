@@ -66,15 +66,15 @@ class SideBySide:
         self._visitor = place.visitor
         self._forward = place.forward
         self._groups = groups = place.groups
-        self._args = args = place.args
+        self._place = place
         self._accelerator = accelerator = place.accelerator
         self._collator = place.collator
         self.failure: str | None = None
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(model).values())
-        if args.fp16:
+        if place.args.fp16:
             raise ValueError("fp16=True scales the loss, client by client: use bf16=True")
-        reason = unserved(args.build_optimizer([{"params": [torch.zeros(1)]}]))
+        reason = unserved(place.args.build_optimizer([{"params": [torch.zeros(1)]}]))
         if reason is not None:
             raise ValueError(reason)
         saved = model.state_dict(keep_vars=True).keys()
@@ -126,7 +126,7 @@ class SideBySide:
             norm.eval()
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         packed = pack(lanes, self._accelerator.device)
-        for phase in training_phases(trainable, self._groups, self._args.alternating):
+        for phase in training_phases(trainable, self._groups, self._place.args.alternating):
             losses = self._run_phase(phase, lanes, packed, stacked, state)
         return self._results([client_ids[lane.position] for lane in lanes], lanes, stacked, losses, state)
 
@@ -137,11 +137,12 @@ class SideBySide:
         if len(dataset) == 0:
             raise UpdateError(f"client {client_id!r} has no training examples")
         device = self._accelerator.device
-        generators = ClientGenerators(derive_seed(self._args.seed, "train", round, client_id), device)
-        order = torch.Generator().manual_seed(derive_seed(self._args.seed, "shuffle", round, client_id))
+        generators = ClientGenerators(derive_seed(self._place.args.seed, "train", round, client_id), device)
+        order = torch.Generator().manual_seed(derive_seed(self._place.args.seed, "shuffle", round, client_id))
         resident = RESIDENT_BYTES // self._chunk_clients
         examples = Examples.of(dataset, self._collator, device, resident)
-        lane = Lane(position, examples, generators, order, self._forward.constants(examples))
+        constants = self._forward.constants(examples) if self._place.args.label_prior else {}
+        lane = Lane(position, examples, generators, order, constants)
         return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
 
     def _stack(self, privates: Sequence[PrivateState], held: Mapping[str, Tensor]) -> StackedModel:
@@ -159,7 +160,7 @@ class SideBySide:
         self, phase: list[str], lanes: Sequence[Lane], packed: Pack | None, stacked: StackedModel, state: ServerState
     ) -> Tensor:
         """Train these parameters for the local epochs or steps. Returns each row's mean loss of an example."""
-        args = self._args
+        args = self._place.args
         trained = {name: stacked.tensors[name] for name in phase}
         optimizer = StackedOptimizer(args.build_optimizer(optimizer_groups(trained, self._groups, args)), len(lanes))
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._model.named_parameters()}

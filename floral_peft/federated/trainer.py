@@ -24,6 +24,7 @@ from floral_peft.federated.best import exported, note_evaluation, restore
 from floral_peft.federated.callbacks import RoundFlowCallback, RoundProgressCallback
 from floral_peft.federated.checks import check_callbacks, check_types
 from floral_peft.federated.clients import Clients
+from floral_peft.federated.cohort import CohortTraining
 from floral_peft.federated.dataset import FederatedDataset
 from floral_peft.federated.evaluation import ComputeMetrics, Metrics, evaluate_client, evaluate_clients, summarize
 from floral_peft.federated.forward import LossFunction
@@ -128,7 +129,7 @@ class FederatedTrainer(Publishing, Personalizing):
         routers = {name for name, role in self._groups.roles.items() if role.kind == "router"}
         alike = own is None and routers.issuperset(self._groups.private) and self._forward.splits
         self._arrivals = Arrivals(own or self._update.arrival(), self._update.examined if alike else None)
-        settled = self._update.settle(args)
+        settled = self._update.settle(args, {}, 0)
         self._forward.discount_labels(bool(settled.label_prior))
         given = self._arrivals.arrival is not None
         self._routers = Routers.of(
@@ -218,7 +219,6 @@ class FederatedTrainer(Publishing, Personalizing):
             TooFewClientsError: In some round fewer than `min_clients` updates arrived.
             ValueError: `output_dir` holds an earlier run, or the examples do not fit the model.
         """
-        self._place = self._clients.place = self._place._replace(args=self._update.settle(self.args))
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         with ExitStack() as stack:
             self.processes.on_main(partial(stack.enter_context, locked(self.output_dir)))
@@ -323,9 +323,7 @@ class FederatedTrainer(Publishing, Personalizing):
     def _train_rounds(self, server: ServerState) -> list[RoundReport]:
         reports: list[RoundReport] = []
         clock = Stopwatch()
-        self._rest(server)
-        training = self._clients.training(server, self.output_dir / "cohort.json")
-        self._rest(server)
+        training = self._training(server)
 
         def train(cohort: Sequence[ClientId], state: ServerState) -> Iterator[tuple[ClientId, Outcome]]:
             return self._clients.train(training, cohort, state, clock)
@@ -352,8 +350,7 @@ class FederatedTrainer(Publishing, Personalizing):
             server, changes = self._adaptors.after_round(server)
             if changes:
                 report = replace(report, **changes)
-                training = self._clients.training(server, self.output_dir / "cohort.json")
-                self._rest(server)
+                training = self._training(server)
             reports.append(report)
             self._end_round(server, report)
         if server.wide:  # a callback has stopped the training; its checkpoint can still go on with the search
@@ -388,9 +385,17 @@ class FederatedTrainer(Publishing, Personalizing):
         found = self._update.regrets(server.routing) if report.usage is not None else None
         return report if found is None else replace(report, regrets=found.round(decimals=4).tolist())
 
+    def _training(self, server: ServerState) -> CohortTraining:
+        """How the next rounds' clients are trained. To find out some may be, for nothing."""
+        self._rest(server)
+        training = self._clients.training(server, self.output_dir / "cohort.json")
+        self._rest(server)
+        return training
+
     def _rest(self, server: ServerState) -> None:
-        """Between rounds the model holds the server's tensors and no client's."""
+        """Between rounds the model holds the server's tensors and no client's; settings are the next round's."""
         self._visitor.load(self._adaptors.untrained, server)
+        self._place.args = self._update.settle(self.args, server.routing, server.round)
         self._round = self.state.global_step = server.round
         self.state.epoch = float(server.round)
 

@@ -209,7 +209,7 @@ class Turn:
         Args:
             epochs: For how long, in place of a round's.
         """
-        place = self._place._replace(args=replace(self.args, local_epochs=epochs, local_steps=None))
+        place = replace(self._place, args=replace(self.args, local_epochs=epochs, local_steps=None))
         before = ServerState.of(place.model, place.groups)
         try:
             if self.num_examples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from accelerate import Accelerator
 from torch import nn
@@ -14,7 +14,8 @@ from floral_peft.federated.groups import ParameterGroups
 from floral_peft.federated.visitor import Visitor
 
 
-class Workplace(NamedTuple):
+@dataclass
+class Workplace:
     """Where clients train, one after the other or side by side: the model, and what belongs to it.
 
     Args:
@@ -22,7 +23,7 @@ class Workplace(NamedTuple):
         visitor: Sets the model's tensors.
         forward: Calls the model on a batch.
         groups: Which of its tensors are shared, clustered, private.
-        args: The run's settings.
+        args: The run's settings; they may change from round to round.
         accelerator: Device and autocast.
         collator: Makes a batch from a list of examples.
     """

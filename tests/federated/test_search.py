@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from floral_peft.federated import FederatedArguments
+from floral_peft.federated.batches import Batch
+from floral_peft.federated.forward import LABEL_PRIOR, Forward, Prediction
 from floral_peft.federated.routing import get_router_update, schedule
 
-from .clients import StopAfter, floral_net, kept_with, tensors, trainer
+from .clients import StopAfter, floral_net, tensors, trainer
 
 
 SETTINGS: dict[str, Any] = {
@@ -69,7 +72,7 @@ def test_few_clients_search_among_few_adaptors(
 @pytest.mark.parametrize(("rate", "longest"), [(0.01, 1.0), (0.1, 1.0), (1.0, 1 / 6)])
 def test_no_step_of_an_adaptor_is_long_at_a_high_rate(tmp_path: Path, rate: float, longest: float) -> None:
     args = FederatedArguments(output_dir=str(tmp_path), learning_rate=rate)
-    assert get_router_update(args).settle(args).max_step_norm == pytest.approx(longest)
+    assert get_router_update(args).settle(args, {}, 0).max_step_norm == pytest.approx(longest)
 
 
 @pytest.mark.parametrize(("switches", "ends"), [(0.5, 30), (1.5, 50)])
@@ -77,29 +80,62 @@ def test_a_search_goes_on_while_clients_change_their_adaptors(tmp_path: Path, sw
     update = get_router_update(FederatedArguments(output_dir=str(tmp_path), rounds=100))
     memory = {"usage": torch.full((4,), 2.5), "switches": torch.tensor([switches])}  # of ten clients
     assert [round for round in range(1, 101) if update.searched(memory, round)] == list(range(ends, 101))
+    assert not update.searched(update.settled(memory, ends), 100)  # it ends once
+
+
+def test_after_the_search_the_loss_is_plain_and_adaptors_slow_down_to_the_bases_rate(tmp_path: Path) -> None:
+    args = FederatedArguments(output_dir=str(tmp_path), learning_rate=0.1, rounds=100)
+    update = get_router_update(args)
+    memory = update.settled(update.start(4), 40)
+    searching = update.settle(args, update.start(4), 39)
+    assert (searching.adaptor_learning_rate, searching.max_step_norm) == pytest.approx((0.6, 1.0))
+    assert searching.label_prior
+    settled = [update.settle(args, memory, round) for round in (40, 70, 99)]
+    rates = [each.adaptor_learning_rate or 0.0 for each in settled]
+    assert rates == pytest.approx([0.6, 0.1 * 6**0.5, 0.1 * 6 ** (1 / 60)])
+    assert [each.max_step_norm for each in settled] == pytest.approx(
+        [schedule.FOUND_STEP_LENGTH / rate for rate in rates]
+    )
+    assert not any(each.label_prior for each in settled)
+
+
+@pytest.mark.parametrize("cohort", ["loop", "vectorized"])
+@pytest.mark.parametrize(("said", "discounted"), [(None, 3), (True, 6), (False, 0)])
+def test_what_trains_is_the_plain_loss_once_the_search_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cohort: str, said: bool | None, discounted: int
+) -> None:
+    seen: dict[bool, set[tuple[int, bool]]] = {True: set(), False: set()}
+    call, parts = Forward.__call__, Forward.losses_of_parts
+
+    def training(self: Forward, batch: Batch) -> Prediction:
+        seen[torch.is_grad_enabled()].add((made._round, LABEL_PRIOR in batch))
+        return call(self, batch)
+
+    def looking(self: Forward, batches: Sequence[Batch]) -> torch.Tensor:
+        seen[False].update((made._round, LABEL_PRIOR in batch) for batch in batches)
+        return parts(self, batches)
+
+    settings = SETTINGS | {"cohort": cohort, "label_prior": said}
+    made = trainer(tmp_path, model=floral_net(r=1, num_adaptors=3), **settings)
+    monkeypatch.setattr(Forward, "__call__", training)
+    monkeypatch.setattr(Forward, "losses_of_parts", looking)
+    made.train()
+    assert seen[True] == {(round, round < discounted) for round in range(6)}
+    assert {prior for _, prior in seen[False]} == {False, said is not False}  # what is looked at; the probe has none
+
+
+def test_what_the_user_has_set_stays_as_it_is(tmp_path: Path) -> None:
+    said: dict[str, Any] = {"label_prior": True, "adaptor_learning_rate": 0.02, "max_step_norm": 0.5}
+    args = FederatedArguments(output_dir=str(tmp_path), rounds=100, **said)
+    update = get_router_update(args)
+    settled = update.settle(args, update.settled(update.start(4), 40), 70)
+    assert {name: getattr(settled, name) for name in said} == said
 
 
 def test_a_long_run_compresses_at_the_thirtieth_participation() -> None:
     assert schedule.searched_rounds(pace=0.1, rounds=1500) == (300, 750)
     assert schedule.searched_rounds(pace=1.0, rounds=60) == (30, 30)
     assert schedule.searched_rounds(pace=0.1, rounds=100) == (50, 50)
-
-
-def test_clients_stay_with_their_adaptor_after_a_compression(tmp_path: Path) -> None:
-    made = run(tmp_path, rounds=8, learning_rate=0.2)
-    assert all(record["switches"] == 0 for record in made.records[4:])
-    logits = made._clients.private("client 0")[made._routers.name].flatten()
-    assert sorted(logits.tolist()) == [0.0, 0.0, schedule.ASSIGNED]
-
-
-@pytest.mark.parametrize(("hold", "moves"), [(1e3, False), (1e-3, True)])
-def test_a_client_lets_go_of_its_adaptor_only_where_another_is_much_better(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hold: float, moves: bool
-) -> None:
-    monkeypatch.setattr(schedule, "ASSIGNED", hold)
-    made = trainer(tmp_path, model=floral_net(init_std=0.7), router_update="posterior")
-    worst, kept = kept_with(made, {"settled until": torch.tensor([9.0])}, lambda losses: int(losses.argmax()))
-    assert (kept != worst) is moves
 
 
 @pytest.mark.parametrize("until", [2, 3, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,10 @@ from floral_peft.federated.routing.update import RouterUpdate, register_router_u
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
 from floral_peft.tuner.router import RouterSettings
+
+
+#: In what the server remembers: after which round the search ended.
+_SEARCHED = "searched"
 
 
 @register_router_update
@@ -48,26 +53,35 @@ class Posterior(RouterUpdate):
 
     name = "posterior"
 
-    def settle(self, args: FederatedArguments) -> FederatedArguments:
-        """Labels are discounted. By SGD, adaptors learn faster than the base; no gradient and no step is long.
+    def settle(self, args: FederatedArguments, memory: Mapping[str, Tensor], round: int) -> FederatedArguments:
+        """While clients search, labels are discounted and no gradient is long; by SGD, adaptors learn fast.
 
-        Those steps may then be damped as little as in the paper: factors that start at zero leave it in few steps, and
+        That is what tells clusters apart. But the discounted loss is not the one that is asked for, and with clipped
+        gradients and fast adaptors the model ends where it does worse on new examples. So once the search has ended
+        the loss is the plain one, only steps are bounded, not gradients, and over what is left of the run the
+        adaptors' rate falls to the base's.
+
+        Bounded steps may be damped as little as in the paper: factors that start at zero leave it in few steps, and
         so adaptors come to differ before they are looked at for the first time. In mixed precision the damping stays
         relative: in a layer smaller than the rank a Gram matrix is singular, and 1/ε would blow up half a gradient's
         digits of rounding.
         """
-        found = replace(args, label_prior=args.label_prior is not False)
+        searching = _SEARCHED not in memory
+        found = replace(args, label_prior=searching if args.label_prior is None else args.label_prior)
         if args.optimizer.lower() != "sgd":  # others choose the length of their steps themselves
             return found
         rate = args.adaptor_learning_rate
         if rate is None:
-            rate = schedule.ADAPTOR_RATE * args.learning_rate
+            left = 1.0 if searching else (args.rounds - round) / max(1, args.rounds - int(memory[_SEARCHED]))
+            rate = schedule.ADAPTOR_RATE**left * args.learning_rate
             found = replace(found, adaptor_learning_rate=rate)
         if args.precondition_epsilon is None and args.mixed_precision == "no":
             found = replace(found, precondition_epsilon=schedule.DAMPING)
         if args.max_step_norm is None:
-            longest = min(schedule.STEP_NORM, schedule.STEP_LENGTH / rate) if rate else schedule.STEP_NORM
-            found = replace(found, max_step_norm=longest)
+            length, most = (
+                (schedule.STEP_LENGTH, schedule.STEP_NORM) if searching else (schedule.FOUND_STEP_LENGTH, math.inf)
+            )
+            found = replace(found, max_step_norm=min(most, length / rate) if rate else schedule.STEP_NORM)
         return found
 
     def settings(self, settings: RouterSettings) -> RouterSettings:
@@ -103,7 +117,7 @@ class Posterior(RouterUpdate):
         """
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
-        ready = _settled(memory) or self.searched(memory, round)
+        ready = _SEARCHED in memory or _settled(memory) or self._over(memory, round)
         return prune(memory["usage"], memory["losses"], self._errors(memory)) if ready else []
 
     def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:
@@ -119,6 +133,9 @@ class Posterior(RouterUpdate):
 
     def searched(self, memory: Mapping[str, Tensor], round: int) -> bool:
         """Once clients have had the time to find their adaptors and stay with them, or half of the run is over."""
+        return _SEARCHED not in memory and self._over(memory, round)
+
+    def _over(self, memory: Mapping[str, Tensor], round: int) -> bool:
         least, most = schedule.searched_rounds(self._pace, self.args.rounds)
         return round >= most or (round >= least and _settled(memory))
 
@@ -127,9 +144,8 @@ class Posterior(RouterUpdate):
         return cut(memory["usage"], memory["losses"], most)
 
     def settled(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
-        """Clients hold on to their adaptors for a while."""
-        until = torch.tensor([round + schedule.SETTLED / self._pace], dtype=torch.float64)
-        return {**memory, "settled until": until}
+        """Since when it has ended."""
+        return {**memory, _SEARCHED: torch.tensor([round], dtype=torch.float64)}
 
     def regrets(self, memory: Mapping[str, Tensor]) -> Tensor:
         """By U and N, without regard to errors."""
@@ -173,10 +189,6 @@ class Posterior(RouterUpdate):
         count = min(len(others), schedule.EARLY_EXAMPLES) if early else len(others)
         kept = routers.less(schedule.CLIENT_MEMORY * before, count * losses)
         kept = kept - kept.amax(dim=-1, keepdim=True)
-        if "settled until" in turn.memory and turn.round < float(turn.memory["settled until"]):
-            # Whoever has changed cluster meanwhile goes all the same.
-            held = self._given(kept, _best(before), turn) if chosen else kept
-            kept = self._given(kept, _best(routers.less(held, count * losses)), turn)
         if not turn.training:
             return Arrived(turn.with_logits(kept))
         handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))

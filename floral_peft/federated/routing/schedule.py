@@ -34,9 +34,11 @@ CAUTION = 1.0
 ADAPTOR_RATE = 6.0
 STEP_NORM = 1.0
 STEP_LENGTH = 1.0
+#: The longest step once the search has ended, when the rate falls to the base's; gradients may be of any length then.
+FOUND_STEP_LENGTH = 2.0
 #: The damping of preconditioned steps, the paper's: they are bounded anyway.
 DAMPING = 1e-5
-#: The logit of an adaptor that a client is given: drawn for its first visit, or kept through a compression.
+#: The logit of the adaptor that is dealt out to a client for its first visit.
 ASSIGNED = 20.0
 #: Over so many participations, half of the run at most, a client trains without one in so many of its examples, so
 #: many at most: by them the server tells duplicates.
@@ -51,8 +53,6 @@ SEARCH_RANK = 16
 #: until after so many participations, once few change theirs at a visit, or when half of the run is over: then only
 #: those stay that may, compressed.
 SEARCHED = 30.0
-#: After a compression clients hold on to their best adaptor for so many participations, until it is itself again.
-SETTLED = 10.0
 #: Losses are looked at on so many of a client's examples at most, and in a round on no fewer than these.
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32

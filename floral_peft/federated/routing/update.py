@@ -37,8 +37,14 @@ class RouterUpdate:
         self.args = args
         self.sampled = sampled
 
-    def settle(self, args: FederatedArguments) -> FederatedArguments:
-        """The run's settings with values for those that are None because they depend on the routers."""
+    def settle(self, args: FederatedArguments, memory: Mapping[str, Tensor], round: int) -> FederatedArguments:
+        """A round's settings: the run's, with values for those that are None because they depend on the routers.
+
+        Args:
+            args: The run's settings.
+            memory: What the server remembers of the routers; nothing before the run begins.
+            round: The rounds done.
+        """
         return replace(args, label_prior=bool(args.label_prior))
 
     def settings(self, settings: RouterSettings) -> RouterSettings:
@@ -100,7 +106,7 @@ class RouterUpdate:
         return None
 
     def searched(self, memory: Mapping[str, Tensor], round: int) -> bool:
-        """Whether a search that is still going on ends after a round.
+        """Whether the search ends after a round: clients know their adaptors by now. It ends once.
 
         Args:
             memory: What the server remembers.
