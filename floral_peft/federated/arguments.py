@@ -70,7 +70,14 @@ class FederatedArguments:
         metadata={
             "help": "Clip the gradient of each base weight, and of each adaptor as the matrix that it adds, to this "
             'norm; 0: no clipping. By default none; with router_update="posterior" and SGD at most 1 while clients '
-            "look for their adaptors, and then 2 / adaptor_learning_rate."
+            "look for their adaptors."
+        },
+    )
+    max_adaptor_step_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "The same for adaptors alone; they have max_step_norm otherwise. Where neither is set, with "
+            'router_update="posterior" and SGD, 2 / adaptor_learning_rate once clients have found theirs.'
         },
     )
     max_grad_norm: float | None = field(
@@ -226,7 +233,7 @@ class FederatedArguments:
         self._check_number("server_learning_rate", above_zero=True)
         for name in ("weight_decay", "proximal_weight"):
             self._check_number(name)
-        for name in ("adaptor_learning_rate", "router_learning_rate", "max_step_norm"):
+        for name in ("adaptor_learning_rate", "router_learning_rate", "max_step_norm", "max_adaptor_step_norm"):
             self._check_number(name, optional=True)
         for name in ("max_grad_norm", "max_update_norm", "precondition_epsilon"):
             self._check_number(name, above_zero=True, optional=True)
@@ -264,6 +271,12 @@ class FederatedArguments:
     def eval_strategy(self) -> str:
         """When is evaluated, as transformers' callbacks ask for it: "no" or "steps"."""
         return "no" if self.eval_steps is None else "steps"
+
+    @property
+    def step_norms(self) -> tuple[float, float]:
+        """The largest norms that the gradient of a base weight, and of an adaptor, may have; 0: any."""
+        base = self.max_step_norm or 0.0
+        return base, base if self.max_adaptor_step_norm is None else self.max_adaptor_step_norm
 
     def cohort_size(self, num_clients: int) -> int:
         """How many of `num_clients` take part in a round.

@@ -106,8 +106,9 @@ class LocalTraining:
         plain = args.optimizer.lower() == "sgd" and not args.optimizer_kwargs and not args.fp16
         optimizer: Any = PlainSGD(groups) if plain else args.build_optimizer(groups)
         scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=_INITIAL_LOSS_SCALE) if args.fp16 else None
-        factors = factor_pairs(self._model) if args.precondition or args.max_step_norm else []
-        weights = base_weights(self._model) if args.max_step_norm else []
+        longest, longest_adaptor = args.step_norms
+        factors = factor_pairs(self._model) if args.precondition or longest_adaptor else []
+        weights = base_weights(self._model) if longest else []
         pull = Pull(parameters, self._groups.anchors, state.tensors, args.proximal_weight)
         pulled = [parameters[name] for name in pull.names]
         total = torch.zeros((), device=accelerator.device)
@@ -122,8 +123,10 @@ class LocalTraining:
                 pull([_gradient(parameter) for parameter in pulled], pulled)
             if factors and args.precondition:
                 precondition_gradients(factors, epsilon=args.precondition_epsilon)
-            if args.max_step_norm:
-                clip_steps(factors, args.max_step_norm, weights)
+            if longest:
+                clip_steps([], longest, weights)
+            if longest_adaptor:
+                clip_steps(factors, longest_adaptor)
             if args.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
             if scaler is None:

@@ -53,8 +53,8 @@ class RoundReport:
             would be the client's own.
         usage: p(c), the share of the cohort's examples that each adaptor stands for. None as above.
         adaptors: The adaptors to which `usage` refers, by the numbers that they had when the run began.
-        switches: How many of the trained clients have another best adaptor than at their last participation; where the
-            router's update tells. None as above.
+        switches: How many of the trained clients have another best adaptor than at their last participation, and no
+            duplicate of that one; where the router's update tells. None as above.
         truncation: What `adaptor_aggregation="product"` loses: the largest relative error of an adaptor. Else None.
         mismatch: `cluster_mismatch`, where the true clusters are known. None as above.
         regrets: What an adaptor's users would lose with another one, as of `regrets`, before any was removed. None

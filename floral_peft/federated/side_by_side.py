@@ -164,9 +164,10 @@ class SideBySide:
         trained = {name: stacked.tensors[name] for name in phase}
         optimizer = StackedOptimizer(args.build_optimizer(optimizer_groups(trained, self._groups, args)), len(lanes))
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._model.named_parameters()}
-        asked = args.precondition or args.max_step_norm
+        longest, longest_adaptor = args.step_norms
+        asked = args.precondition or longest_adaptor
         factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if asked else []
-        weights = [names[weight] for weight in base_weights(self._model)] if args.max_step_norm else []
+        weights = [names[weight] for weight in base_weights(self._model)] if longest else []
         pull = Pull(trained, self._groups.anchors, state.tensors, args.proximal_weight)
         totals = torch.zeros(len(lanes), device=self._accelerator.device)
         for lane in lanes:
@@ -183,8 +184,10 @@ class SideBySide:
                     part = {name: stacked.tensors[name][chosen] for pair in factors for name in pair}
                     if args.precondition:
                         precondition_stacked(factors, part, gradients, args.precondition_epsilon)
-                    if args.max_step_norm:
-                        clip_steps_stacked(factors, part, weights, gradients, args.max_step_norm)
+                    if longest:
+                        clip_steps_stacked([], part, weights, gradients, longest)
+                    if longest_adaptor:
+                        clip_steps_stacked(factors, part, [], gradients, longest_adaptor)
                 if args.max_grad_norm is not None:
                     clip_stacked(gradients.values(), args.max_grad_norm)
                 optimizer.step(chosen, {trained[name]: gradients[name] for name in phase})

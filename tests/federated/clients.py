@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import TrainerCallback
 
 import floral_peft.methods  # noqa: F401  (registers the methods)
 from floral_peft import FloralConfig
-from floral_peft.federated import FederatedArguments, FederatedDataset, FederatedTrainer, ServerState, get_method
+from floral_peft.federated import FederatedArguments, FederatedDataset, FederatedTrainer, get_method
 
 
 def examples(num_examples: int, seed: int = 0, cluster: int = 0, num_features: int = 4, classes: int = 3) -> Dataset:
@@ -77,19 +76,6 @@ def trainer(folder: Path, method: str = "floral", model: Any = None, dataset: An
     given = {name: settings.pop(name) for name in keywords if name in settings}
     model = model if model is not None else model_for(method)
     return FederatedTrainer(model, arguments(folder, **settings), dataset or population(), method=method, **given)
-
-
-def kept_with(run: Any, memory: dict[str, torch.Tensor], favoured: Callable[[torch.Tensor], int]) -> tuple[int, int]:
-    """Which of two adaptors client 0 favours when it arrives, chosen by its pure losses, and which afterwards."""
-    state = ServerState.of(run.model, run._groups, run._update.start(2) | memory)
-    with run._visit():
-        private = run._clients.private("client 0")
-        turn = run._clients.turn("client 0", private, 0, state)
-        adaptor = favoured(turn.pure_losses_of([torch.arange(12)])[0])
-        logits = torch.zeros(1, 1, 2)
-        logits[..., adaptor] = 5.0
-        turn.private = {**private, run._routers.name: logits}
-        return adaptor, int(run._arrivals(turn).kept[run._routers.name].argmax())
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:

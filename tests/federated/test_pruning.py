@@ -217,6 +217,16 @@ def test_one_user_proves_nothing(tmp_path: Path) -> None:
     assert gone == [[], [2]]
 
 
+def test_a_change_from_an_adaptor_to_its_duplicate_is_none(tmp_path: Path) -> None:
+    args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
+    means = torch.tensor([[0, 2, 2], [2, 0, 0.1], [2, 0.1, 0]], dtype=torch.float64)
+    memory = {"usage": torch.full((3,), 90.0), "losses": 90 * means, "squares": torch.zeros(3, 3)}
+    alike = [[Posterior(args)._alike(one, other, memory) for other in range(3)] for one in range(3)]
+    assert alike == [[True, False, False], [False, True, True], [False, True, True]]
+    memory["squares"] += 90 * 90.0  # too uncertain to tell
+    assert not Posterior(args)._alike(1, 2, memory)
+
+
 @pytest.mark.parametrize(
     ("switches", "round", "gone"),
     [(0.0, 15, ["dead", "dispensable"]), (9.0, 15, []), (9.0, 51, ["dead", "dispensable"])],

@@ -93,10 +93,10 @@ def test_after_the_search_the_loss_is_plain_and_adaptors_slow_down_to_the_bases_
     settled = [update.settle(args, memory, round) for round in (40, 70, 99)]
     rates = [each.adaptor_learning_rate or 0.0 for each in settled]
     assert rates == pytest.approx([0.6, 0.1 * 6**0.5, 0.1 * 6 ** (1 / 60)])
-    assert [each.max_step_norm for each in settled] == pytest.approx(
+    assert [each.step_norms[1] for each in settled] == pytest.approx(
         [schedule.FOUND_STEP_LENGTH / rate for rate in rates]
     )
-    assert not any(each.label_prior for each in settled)
+    assert not any(each.label_prior or each.step_norms[0] for each in settled)
 
 
 @pytest.mark.parametrize("cohort", ["loop", "vectorized"])
@@ -126,6 +126,7 @@ def test_what_trains_is_the_plain_loss_once_the_search_has_ended(
 
 def test_what_the_user_has_set_stays_as_it_is(tmp_path: Path) -> None:
     said: dict[str, Any] = {"label_prior": True, "adaptor_learning_rate": 0.02, "max_step_norm": 0.5}
+    assert FederatedArguments(output_dir=str(tmp_path), max_step_norm=0.5).step_norms == (0.5, 0.5)
     args = FederatedArguments(output_dir=str(tmp_path), rounds=100, **said)
     update = get_router_update(args)
     settled = update.settle(args, update.settled(update.start(4), 40), 70)

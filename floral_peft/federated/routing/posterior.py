@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.routing import schedule
 from floral_peft.federated.routing.balance import balance
-from floral_peft.federated.routing.prune import Drop, cut, prune, regrets
+from floral_peft.federated.routing.prune import LEAST_REGRET, Drop, cut, prune, regrets
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
@@ -47,8 +46,8 @@ class Posterior(RouterUpdate):
 
     The server learns, beside the aggregate, five sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on
     the examples kept back, the squares of their differences Σ_k π_ka (f̃_kb − f̃_ka)², by how much all losses are
-    higher there than on the others, and how many clients' best adaptor has changed. It remembers them with a fading
-    memory, the first three as U, N and S. By these it removes adaptors: see [`prune`].
+    higher there than on the others, and how many clients' best adaptor has changed for one that is no duplicate of it.
+    It remembers them with a fading memory, the first three as U, N and S. By these it removes adaptors: see [`prune`].
     """
 
     name = "posterior"
@@ -58,8 +57,8 @@ class Posterior(RouterUpdate):
 
         That is what tells clusters apart. But the discounted loss is not the one that is asked for, and with clipped
         gradients and fast adaptors the model ends where it does worse on new examples. So once the search has ended
-        the loss is the plain one, only steps are bounded, not gradients, and over what is left of the run the
-        adaptors' rate falls to the base's.
+        the loss is the plain one, nothing but the length of an adaptor's step is bounded, and over what is left of the
+        run the adaptors' rate falls to the base's.
 
         Bounded steps may be damped as little as in the paper: factors that start at zero leave it in few steps, and
         so adaptors come to differ before they are looked at for the first time. In mixed precision the damping stays
@@ -77,11 +76,12 @@ class Posterior(RouterUpdate):
             found = replace(found, adaptor_learning_rate=rate)
         if args.precondition_epsilon is None and args.mixed_precision == "no":
             found = replace(found, precondition_epsilon=schedule.DAMPING)
-        if args.max_step_norm is None:
-            length, most = (
-                (schedule.STEP_LENGTH, schedule.STEP_NORM) if searching else (schedule.FOUND_STEP_LENGTH, math.inf)
-            )
-            found = replace(found, max_step_norm=min(most, length / rate) if rate else schedule.STEP_NORM)
+        if args.max_step_norm is None and args.max_adaptor_step_norm is None:
+            if searching:
+                most = min(schedule.STEP_NORM, schedule.STEP_LENGTH / rate) if rate else schedule.STEP_NORM
+                found = replace(found, max_step_norm=most)
+            else:
+                found = replace(found, max_adaptor_step_norm=schedule.FOUND_STEP_LENGTH / rate if rate else 0.0)
         return found
 
     def settings(self, settings: RouterSettings) -> RouterSettings:
@@ -167,6 +167,11 @@ class Posterior(RouterUpdate):
         means = memory["squares"] / memory["usage"].clamp(min=1e-9).unsqueeze(1)
         return schedule.CAUTION * (means / users.unsqueeze(1)).sqrt()
 
+    def _alike(self, one: int, other: int, memory: Mapping[str, Tensor]) -> bool:
+        """Whether two adaptors are one, or duplicates, of which pruning would let one go."""
+        found = regrets(memory["usage"], memory["losses"], self._errors(memory))
+        return one == other or min(float(found[one, other]), float(found[other, one])) < LEAST_REGRET
+
     @property
     def _pace(self) -> float:
         return schedule.pace(self.sampled, self.args.rounds)
@@ -193,6 +198,7 @@ class Posterior(RouterUpdate):
             return Arrived(turn.with_logits(kept))
         handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))
         working = routers.less(kept, handicap)
+        moved = chosen and not self._alike(_best(before), _best(kept), turn.memory)
         mixture = routers.mixture_of(working).double()
         told = (as_log_likelihoods(unseen[0], turn) if unseen else seen).double()
         sums = {
@@ -200,7 +206,7 @@ class Posterior(RouterUpdate):
             "losses": torch.outer(mixture, told),
             "squares": mixture.unsqueeze(1) * (told - told.unsqueeze(1)).square(),
             "optimism": mixture.dot(told - seen.double()).view(1),
-            "switches": torch.tensor([float(chosen and _best(before) != _best(kept))], dtype=torch.float64),
+            "switches": torch.tensor([float(moved)], dtype=torch.float64),
         }
         trains_on = turn.examples.select(others) if len(held_out) else turn.examples
         return Arrived(turn.with_logits(working), {routers.name: kept}, sums, trains_on)
