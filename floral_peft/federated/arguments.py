@@ -77,7 +77,8 @@ class FederatedArguments:
         default=None,
         metadata={
             "help": "The same for adaptors alone; they have max_step_norm otherwise. Where neither is set, with "
-            'router_update="posterior" and SGD, 2 / adaptor_learning_rate once clients have found theirs.'
+            'router_update="posterior" and SGD, twice as much once clients have found theirs, and more as their rate '
+            "falls."
         },
     )
     max_grad_norm: float | None = field(

@@ -240,6 +240,14 @@ def test_while_the_search_goes_on_and_clients_change_adaptors_none_is_removed(
     assert [drop.why for drop in Posterior(args).prune(memory, round)] == gone
 
 
+@pytest.mark.parametrize(("round", "gone"), [(45, []), (51, ["dead", "dispensable"])])
+def test_soon_after_a_compression_none_is_removed(tmp_path: Path, round: int, gone: list[str]) -> None:
+    args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
+    memory = {"usage": USAGE[:4], "losses": losses_of([row[:4] for row in MEANS[:4]])}
+    memory |= {"switches": torch.zeros(1), "squares": torch.zeros(4, 4), "searched": torch.tensor([40.0])}
+    assert [drop.why for drop in Posterior(args).prune(memory, round)] == gone
+
+
 def test_private_tensors_of_any_time_are_read_over_the_adaptors_of_now() -> None:
     logits = torch.arange(5.0).view(1, 1, 5)
     like = {"router": torch.zeros(1, 1, 2), "mean": torch.zeros(3)}

@@ -93,9 +93,7 @@ def test_after_the_search_the_loss_is_plain_and_adaptors_slow_down_to_the_bases_
     settled = [update.settle(args, memory, round) for round in (40, 70, 99)]
     rates = [each.adaptor_learning_rate or 0.0 for each in settled]
     assert rates == pytest.approx([0.6, 0.1 * 6**0.5, 0.1 * 6 ** (1 / 60)])
-    assert [each.step_norms[1] for each in settled] == pytest.approx(
-        [schedule.FOUND_STEP_LENGTH / rate for rate in rates]
-    )
+    assert [each.step_norms[1] for each in settled] == pytest.approx([schedule.FOUND_STEP * 0.6 / r for r in rates])
     assert not any(each.label_prior or each.step_norms[0] for each in settled)
 
 

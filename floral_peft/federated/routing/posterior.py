@@ -69,19 +69,22 @@ class Posterior(RouterUpdate):
         found = replace(args, label_prior=searching if args.label_prior is None else args.label_prior)
         if args.optimizer.lower() != "sgd":  # others choose the length of their steps themselves
             return found
-        rate = args.adaptor_learning_rate
-        if rate is None:
-            left = 1.0 if searching else (args.rounds - round) / max(1, args.rounds - int(memory[_SEARCHED]))
-            rate = schedule.ADAPTOR_RATE**left * args.learning_rate
+        fast = rate = args.adaptor_learning_rate
+        if rate is None or fast is None:
+            fast = rate = schedule.ADAPTOR_RATE * args.learning_rate
+            if not searching:
+                left = (args.rounds - round) / max(1, args.rounds - int(memory[_SEARCHED]))
+                rate = schedule.ADAPTOR_RATE**left * args.learning_rate
             found = replace(found, adaptor_learning_rate=rate)
         if args.precondition_epsilon is None and args.mixed_precision == "no":
             found = replace(found, precondition_epsilon=schedule.DAMPING)
         if args.max_step_norm is None and args.max_adaptor_step_norm is None:
+            longest = min(schedule.STEP_NORM, schedule.STEP_LENGTH / fast) if fast else schedule.STEP_NORM
             if searching:
-                most = min(schedule.STEP_NORM, schedule.STEP_LENGTH / rate) if rate else schedule.STEP_NORM
-                found = replace(found, max_step_norm=most)
+                found = replace(found, max_step_norm=longest)
             else:
-                found = replace(found, max_adaptor_step_norm=schedule.FOUND_STEP_LENGTH / rate if rate else 0.0)
+                slower = fast / rate if rate else 1.0
+                found = replace(found, max_adaptor_step_norm=schedule.FOUND_STEP * longest * slower)
         return found
 
     def settings(self, settings: RouterSettings) -> RouterSettings:
@@ -113,11 +116,15 @@ class Posterior(RouterUpdate):
     def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
         """Dead and dispensable adaptors, by U, N and S, from time to time.
 
-        None goes before the search ends as long as many clients still change theirs: adaptors have not parted yet.
+        None goes before the search ends as long as many clients still change theirs, as adaptors have not parted yet;
+        nor soon after, as adaptors that have just been compressed are alike.
         """
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
-        ready = _SEARCHED in memory or _settled(memory) or self._over(memory, round)
+        if _SEARCHED in memory:
+            ready = (round - int(memory[_SEARCHED])) * self._pace >= schedule.RECOVERED
+        else:
+            ready = _settled(memory) or self._over(memory, round)
         return prune(memory["usage"], memory["losses"], self._errors(memory)) if ready else []
 
     def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:

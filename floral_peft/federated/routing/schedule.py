@@ -34,8 +34,8 @@ CAUTION = 1.0
 ADAPTOR_RATE = 6.0
 STEP_NORM = 1.0
 STEP_LENGTH = 1.0
-#: The longest step once the search has ended, when the rate falls to the base's; gradients may be of any length then.
-FOUND_STEP_LENGTH = 2.0
+#: Once the search has ended an adaptor's step may be so many times as long, and no shorter when its rate is lower.
+FOUND_STEP = 2.0
 #: The damping of preconditioned steps, the paper's: they are bounded anyway.
 DAMPING = 1e-5
 #: The logit of the adaptor that is dealt out to a client for its first visit.
@@ -53,6 +53,8 @@ SEARCH_RANK = 16
 #: until after so many participations, once few change theirs at a visit, or when half of the run is over: then only
 #: those stay that may, compressed.
 SEARCHED = 30.0
+#: For so many participations after that none goes: compressed adaptors are alike until they have learned again.
+RECOVERED = 10.0
 #: Losses are looked at on so many of a client's examples at most, and in a round on no fewer than these.
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32
