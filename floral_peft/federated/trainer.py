@@ -386,7 +386,7 @@ class FederatedTrainer(Publishing, Personalizing):
         return report if found is None else replace(report, regrets=found.round(decimals=4).tolist())
 
     def _training(self, server: ServerState) -> CohortTraining:
-        """How the next rounds' clients are trained. To find out some may be, for nothing."""
+        """How the next rounds' clients are trained; some of them may be, as a trial, to choose."""
         self._rest(server)
         training = self._clients.training(server, self.output_dir / "cohort.json")
         self._rest(server)

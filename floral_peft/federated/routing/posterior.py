@@ -69,13 +69,12 @@ class Posterior(RouterUpdate):
         found = replace(args, label_prior=searching if args.label_prior is None else args.label_prior)
         if args.optimizer.lower() != "sgd":  # others choose the length of their steps themselves
             return found
-        fast = rate = args.adaptor_learning_rate
-        if rate is None or fast is None:
-            fast = rate = schedule.ADAPTOR_RATE * args.learning_rate
-            if not searching:
-                left = (args.rounds - round) / max(1, args.rounds - int(memory[_SEARCHED]))
-                rate = schedule.ADAPTOR_RATE**left * args.learning_rate
-            found = replace(found, adaptor_learning_rate=rate)
+        given = args.adaptor_learning_rate
+        fast = rate = schedule.ADAPTOR_RATE * args.learning_rate if given is None else given
+        if given is None and not searching:
+            left = (args.rounds - round) / max(1, args.rounds - int(memory[_SEARCHED]))
+            rate = schedule.ADAPTOR_RATE**left * args.learning_rate
+        found = replace(found, adaptor_learning_rate=rate)
         if args.precondition_epsilon is None and args.mixed_precision == "no":
             found = replace(found, precondition_epsilon=schedule.DAMPING)
         if args.max_step_norm is None and args.max_adaptor_step_norm is None:
@@ -176,8 +175,10 @@ class Posterior(RouterUpdate):
 
     def _alike(self, one: int, other: int, memory: Mapping[str, Tensor]) -> bool:
         """Whether two adaptors are one, or duplicates, of which pruning would let one go."""
+        if one == other:
+            return True
         found = regrets(memory["usage"], memory["losses"], self._errors(memory))
-        return one == other or min(float(found[one, other]), float(found[other, one])) < LEAST_REGRET
+        return min(float(found[one, other]), float(found[other, one])) < LEAST_REGRET
 
     @property
     def _pace(self) -> float:
@@ -220,7 +221,7 @@ class Posterior(RouterUpdate):
 
     def _split(self, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rows of the examples that it does not train on for now, and of the others."""
-        if turn.training and turn.round < schedule.held_out_rounds(self._pace, self.args.rounds):
+        if turn.training and turn.round < schedule.searched_rounds(self._pace, self.args.rounds)[0]:
             return hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
         return torch.arange(0), torch.arange(turn.num_examples)
 

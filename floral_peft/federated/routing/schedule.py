@@ -40,9 +40,8 @@ FOUND_STEP = 2.0
 DAMPING = 1e-5
 #: The logit of the adaptor that is dealt out to a client for its first visit.
 ASSIGNED = 20.0
-#: Over so many participations, half of the run at most, a client trains without one in so many of its examples, so
-#: many at most: by them the server tells duplicates.
-HELD_OUT = 30.0
+#: Until the search may end, a client trains without one in so many of its examples, so many at most: by them the
+#: server tells duplicates.
 HELD_OUT_SHARE = 10
 HELD_OUT_EXAMPLES = 10
 #: Clients look for theirs among so many times as many adaptors as there are to be, but not among more than half as
@@ -90,16 +89,6 @@ def searched_rounds(pace: float, rounds: int) -> tuple[float, float]:
         rounds: The rounds of the run.
     """
     return min(SEARCHED / pace, rounds / 2), rounds / 2
-
-
-def held_out_rounds(pace: float, rounds: int) -> float:
-    """For how many rounds clients hold examples back.
-
-    Args:
-        pace: See [`pace`].
-        rounds: The rounds of the run.
-    """
-    return min(HELD_OUT / pace, rounds / 2)
 
 
 def pruning_due(round: int, pace: float) -> bool:
