@@ -1,10 +1,11 @@
 """What a round costs by the way in which clients find their routers.
 
-    python benchmarks/routers.py [--task digits ...] [--data FOLDER] [--adaptors 8] [--r 16] [--repeats 5]
+    python benchmarks/routers.py [--task digits ...] [--data FOLDER] [--adaptors 8] [--r 16] [--rounds 40]
 
-Each task is trained for a few rounds by "gradient", "mirror" and "posterior", one after the other and over again, at
-the same number of adaptors, rank, clients and loop; nothing is removed or compressed. Told are the medians of the
-process's CPU time of a round, which other processes disturb less than the wall clock, and their ratios to "gradient".
+Each task is trained by "gradient", "mirror" and "posterior", one after the other and over again, at the same number of
+adaptors, rank, clients and loop; nothing is removed or compressed. Told are CPU times, which other processes disturb
+less than the wall clock, and their ratios to "gradient": of a round at the start of the run, where mixtures are soft
+and clients look at most examples (the median of the first tenth, the first round left out), and of the average round.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from floral_peft.tasks import get_task
 UPDATES = ("gradient", "mirror", "posterior")
 
 
-def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) -> float:
-    """CPU seconds of a round, the first one left out."""
+def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) -> dict[str, float]:
+    """CPU seconds of a round, at the start and on average, the first one left out."""
     task = get_task(task_name).with_data(given.data if get_task(task_name).data else None)
     settings = {
         **task.settings,
@@ -60,7 +61,8 @@ def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) ->
             model, args, task.clients(args.seed), method, loss_fn=task.loss_fn, callbacks=[clock]
         )
         trainer.train()
-    return statistics.median(clock.seconds[1:])
+    seconds = clock.seconds[1:]
+    return {"start": statistics.median(seconds[: max(1, given.rounds // 10)]), "average": statistics.mean(seconds)}
 
 
 class Clock(TrainerCallback):
@@ -86,24 +88,30 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--adaptors", type=int, default=8)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cohort", default="loop")
     parser.add_argument("--clip", action="store_true", help="clip the steps of all of them, as the posterior does")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = {}
+    found: dict[str, Any] = {}
     for task in given.task:
-        times: dict[str, list[float]] = {update: [] for update in UPDATES}
+        times: dict[str, list[dict[str, float]]] = {update: [] for update in UPDATES}
         for _ in range(given.repeats):
             for update in UPDATES:
                 times[update].append(seconds_per_round(task, update, given))
-        medians = {update: statistics.median(values) for update, values in times.items()}
-        ratios = {
-            update: statistics.median(a / b for a, b in zip(values, times["gradient"], strict=True))
-            for update, values in times.items()
+        found[task] = {
+            part: {
+                update: {
+                    "seconds": statistics.median(run[part] for run in runs),
+                    "ratio": statistics.median(
+                        run[part] / base[part] for run, base in zip(runs, times["gradient"], strict=True)
+                    ),
+                }
+                for update, runs in times.items()
+            }
+            for part in ("start", "average")
         }
-        found[task] = {"seconds": medians, "ratio": ratios}
         print(task, json.dumps(found[task]), flush=True)
     settings = {name: value for name, value in vars(given).items() if name not in ("data",)}
     print(json.dumps({"settings": settings, "tasks": found}, indent=1))

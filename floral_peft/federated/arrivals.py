@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -41,39 +41,45 @@ class Arrivals:
         """What a client finds before it goes to work."""
         return Arrived(turn.private) if self.arrival is None else self.arrival(turn)
 
-    def foresee(self, turns: Sequence[Turn]) -> None:
-        """Have clients look at their examples together, in as few passes as these fit into.
+    def foresee(self, groups: Iterable[Sequence[Turn]]) -> None:
+        """Have clients look at their examples together.
 
-        What comes of it when they arrive is the same, up to rounding. Whatever goes wrong here goes wrong there, too,
-        and is that client's loss.
+        What comes of it when they arrive is the same: up to rounding for those of a group, who look in as few passes
+        as their examples fit into, and bit by bit for a client that is alone in its group. Whatever goes wrong here
+        goes wrong there, too, and is that client's loss.
 
         Args:
-            turns: Clients in whose models only the routers differ.
+            groups: Clients in whose models only the routers differ.
         """
-        if self._examined is None or len(turns) < 2:
+        if self._examined is None:
             return
         try:
-            for group, parts in _groups(turns, self._examined):
-                for turn, losses in zip(group, look_together(group, parts), strict=True):
+            for together in _bounded(groups, self._examined):
+                turns = [turn for group in together for turn, _ in group]
+                for turn, losses in zip(turns, look_together(together), strict=True):
                     turn.foresee(losses)
         except Exception as error:
-            logger.debug("%d clients do not look at their examples together: %s", len(turns), error)
+            logger.debug("clients do not look at their examples together: %s", error)
 
 
-def _groups(turns: Sequence[Turn], examined: Examined) -> Iterator[tuple[list[Turn], list[Sequence[Tensor]]]]:
-    """Clients with something to look at, in groups with so many examples at most."""
-    group: list[Turn] = []
-    asked: list[Sequence[Tensor]] = []
+#: A client with the parts of its examples at which it looks.
+Looking = tuple[Turn, Sequence[Tensor]]
+
+
+def _bounded(groups: Iterable[Sequence[Turn]], examined: Examined) -> Iterator[list[list[Looking]]]:
+    """Clients with something to look at, so many at a time that their examples are not too many."""
+    held: list[list[Looking]] = []
     size = 0
-    for turn in turns:
-        parts = examined(turn)
-        count = sum(map(len, parts))
-        if group and size + count > BATCHES * turn.args.per_device_eval_batch_size:
-            yield group, asked
-            group, asked, size = [], [], 0
-        if count:
-            group.append(turn)
-            asked.append(parts)
-            size += count
-    if group:
-        yield group, asked
+    for group in groups:
+        held.append([])
+        for turn in group:
+            parts = examined(turn)
+            count = sum(map(len, parts))
+            if size and size + count > BATCHES * turn.args.per_device_eval_batch_size:
+                yield [one for one in held if one]
+                held, size = [[]], 0
+            if count:
+                held[-1].append((turn, parts))
+                size += count
+    if size:
+        yield [one for one in held if one]

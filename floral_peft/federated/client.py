@@ -18,6 +18,7 @@ from floral_peft.federated.norms import resting_norms
 from floral_peft.federated.plain_sgd import PlainSGD
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
+from floral_peft.federated.used_adaptors import AdaptorAxes, narrowed
 from floral_peft.federated.workplace import Workplace
 from floral_peft.tuner import base_weights, clip_steps, factor_pairs, precondition_gradients
 
@@ -43,6 +44,7 @@ class LocalTraining:
         self._collator = place.collator
         self._norms = [module for module in place.model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(place.model).values())
+        self._axes = AdaptorAxes(place.model, place.groups)
 
     def __call__(
         self, client_id: ClientId, dataset: Dataset | Examples, private: PrivateState, state: ServerState
@@ -77,10 +79,13 @@ class LocalTraining:
         constants = self._forward.constants(examples) if self._place.args.label_prior else {}
         parameters = dict(self._model.named_parameters())
         trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        # The last phase's loss is that of the model that is sent.
-        for phase in training_phases(trainable, self._groups, self._place.args.alternating):
-            with _only_training(parameters, phase):
-                loss = self._run_steps({name: parameters[name] for name in phase}, examples, constants, order, state)
+        axes = self._axes.among(trainable)
+        with narrowed(parameters, axes, self._model.mixture()) if axes else nullcontext():
+            # The last phase's loss is that of the model that is sent.
+            for phase in training_phases(trainable, self._groups, self._place.args.alternating):
+                with _only_training(parameters, phase):
+                    phase_of = {name: parameters[name] for name in phase}
+                    loss = self._run_steps(phase_of, examples, constants, order, state)
         deltas, trained = self._visitor.result(state)
         update = ClientUpdate(
             client_id=client_id,

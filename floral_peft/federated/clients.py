@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -129,19 +129,21 @@ class Clients:
         """
         split = None if self.place.args.local_steps else "train"
         lots = self.lots(cohort, state.round + 1)
-        for private in self._visits.together(training.chunks(cohort), self.private, split):
-            yield from self._train_together(training, private, lots, state, clock)
+        chunks = self._visits.together(training.chunks(cohort), self.private, split)
+        for several in _up_to(GROUP, chunks) if self.arrivals.shared else ([chunk] for chunk in chunks):
+            yield from self._train_together(training, several, lots, state, clock)
 
     def _train_together(
         self,
         training: CohortTraining,
-        private: Mapping[ClientId, Private],
+        chunks: Sequence[Mapping[ClientId, Private]],
         lots: Mapping[ClientId, int],
         state: ServerState,
         clock: Stopwatch,
     ) -> Iterator[tuple[ClientId, Outcome]]:
+        """Train chunks, one after the other, of clients that look at their examples together."""
         found: dict[ClientId, Arrived] = {}
-        turns = self.turns(private, state.round, state, lots)
+        turns = self.turns(chunks, state.round, state, lots)
         if self.arrivals.shared:
             clock.lap("route")
 
@@ -155,12 +157,13 @@ class Clients:
             chosen = found[client_id].trains_on
             return turn.dataset if chosen is None else chosen, found[client_id].private
 
-        outcomes = training(list(private), load, state)
-        for client_id in private:
-            outcome = next(outcomes)
-            clock.lap("train")
-            yield client_id, with_arrival(outcome, found.pop(client_id, None))
-            del outcome  # not while the next client trains
+        for chunk in chunks:
+            outcomes = training(list(chunk), load, state)
+            for client_id in chunk:
+                outcome = next(outcomes)
+                clock.lap("train")
+                yield client_id, with_arrival(outcome, found.pop(client_id, None))
+                del outcome  # not while the next client trains
 
     def turn(
         self,
@@ -177,12 +180,13 @@ class Clients:
 
     def turns(
         self,
-        private: Mapping[ClientId, Private],
+        groups: Sequence[Mapping[ClientId, Private]],
         round: int,
         state: ServerState | None = None,
         lots: Mapping[ClientId, int] = MappingProxyType({}),
     ) -> Callable[[ClientId], Turn]:
         """Gives the turns of clients that come together, each once; they know what could be found for all at once."""
+        private = {client_id: own for group in groups for client_id, own in group.items()}
         held: dict[ClientId, Turn] = {}
 
         def turn(client_id: ClientId) -> Turn:
@@ -194,14 +198,14 @@ class Clients:
             for client_id in private:
                 with suppress(Exception):  # told when the client comes
                     held[client_id] = turn(client_id)
-            self.arrivals.foresee(list(held.values()))
+            self.arrivals.foresee([[held[client_id] for client_id in group if client_id in held] for group in groups])
         return turn
 
     def everybody(self, split: str, round: int) -> Iterator[tuple[ClientId, Callable[[], Turn]]]:
         """The turns of all clients that this process visits outside training; a split says what a visit costs."""
         groups = in_groups(self._dataset, GROUP if self.arrivals.shared else 1)
         for private in self._visits.together(groups, self.private, split):
-            turns = self.turns(private, round)
+            turns = self.turns([private], round)
             yield from ((client_id, partial(turns, client_id)) for client_id in private)
 
     def trained_routers(self, name: str, round: int) -> dict[ClientId, Tensor]:
@@ -222,3 +226,15 @@ class Clients:
         """What the main process has found for clients, a tensor each, in every process."""
         known = mains if self._processes.count == 1 else unpack_states(self._processes.broadcast(pack_states(mains)))
         return {client_id: value for client_id, state in known for value in state.values()}
+
+
+def _up_to(size: int, chunks: Iterable[Mapping[ClientId, Private]]) -> Iterator[list[Mapping[ClientId, Private]]]:
+    """Chunks in lists of so many clients at most, or of one larger chunk."""
+    several: list[Mapping[ClientId, Private]] = []
+    for chunk in chunks:
+        if several and sum(map(len, several)) + len(chunk) > size:
+            yield several
+            several = []
+        several.append(chunk)
+    if several:
+        yield several

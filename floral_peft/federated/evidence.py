@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -30,25 +31,28 @@ class Piece(NamedTuple):
 
 
 def mean_losses(
-    models: PureModels, forward: Forward, clients: Sequence[Sequence[Piece]], batch_size: int
+    models: PureModels, forward: Forward, groups: Sequence[Sequence[Sequence[Piece]]], batch_size: int
 ) -> list[list[Tensor]]:
     """The mean loss of each part of each client's examples under each adaptor alone.
 
-    Pieces share passes, those of several clients too. The model must be the same for all of these clients, but for
-    their routers.
+    Pieces share passes, those of the clients of a group too; all clients share what is prepared once for each adaptor,
+    such as merged weights. What a client is told has the same bits whatever other groups there are. The model must be
+    the same for all of these clients, but for their routers.
 
     Args:
         models: The model under each of its adaptors alone.
         forward: Calls it on a batch.
-        clients: Each client's pieces: those of its first part, of its second, and so on.
+        groups: The pieces of each client of each group: those of its first part, of its second, and so on.
         batch_size: Most examples in a pass.
 
     Returns:
-        For each client and part f, float32 on the CPU, (C,).
+        For each client and part f, float32 on the CPU, (C,): the clients of all groups in order.
     """
-    passes = list(_passes(((k, piece) for k, pieces in enumerate(clients) for piece in pieces), batch_size))
+    number = count()
+    numbered = [[(k, piece) for pieces, k in zip(group, number, strict=False) for piece in pieces] for group in groups]
+    passes = [one for pieces in numbered for one in _passes(pieces, batch_size)]
     losses = models.losses(forward.losses_of_parts, [[piece.batch for _, piece in one] for one in passes])
-    found: list[list[Tensor]] = [[] for _ in clients]
+    found: list[list[Tensor]] = [[] for group in groups for _ in group]
     for one, values in zip(passes, losses, strict=True):
         for (k, piece), value in zip(one, values.float().cpu().unbind(dim=1), strict=True):
             if piece.part == len(found[k]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -264,6 +265,17 @@ class Routers:
             losses: Shape (C,).
         """
         return logits - self._model.active_peft_config.router_temperature * losses.to(logits)
+
+    def without_traces(self, logits: Tensor, least: float) -> Tensor:
+        """The logits of a mixture without the adaptors that it holds in traces only: their weights become 0.
+
+        Args:
+            logits: Those of π, (1, L, C).
+            least: The least weight that stays, in units of the largest one in its row.
+        """
+        temperature = self._model.active_peft_config.router_temperature
+        traces = logits < logits.amax(dim=-1, keepdim=True) + temperature * math.log(least)
+        return logits.masked_fill(traces, _NEVER * temperature)
 
     def _table(self) -> nn.Parameter:
         return dict(self._model.named_parameters())[self.name]

@@ -129,7 +129,7 @@ class Turn:
         Args:
             parts: The rows of each, int64.
         """
-        return self._foreseen or look_together([self], [parts])[0]
+        return self._foreseen or look_together([[(self, parts)]])[0]
 
     def foresee(self, losses: list[Tensor]) -> None:
         """What `pure_losses_of` will say, where that is known already.
@@ -219,23 +219,24 @@ class Turn:
             place.visitor.load(self.private, before)
 
 
-def look_together(turns: Sequence[Turn], parts: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+def look_together(groups: Sequence[Sequence[tuple[Turn, Sequence[Tensor]]]]) -> list[list[Tensor]]:
     """The pure losses of parts of several clients' training examples.
 
     Of several clients only the routers may differ in the model.
 
     Args:
-        turns: The clients, at least one.
-        parts: For each of them the rows of each part, none of them empty.
+        groups: Clients, at least one, each with the rows of each part, none of them empty. Those of a group share
+            passes.
 
     Returns:
-        For each client what `Turn.pure_losses_of` says of its parts, up to rounding.
+        For each client, in order, what `Turn.pure_losses_of` says of its parts: the same bits whatever other groups
+        there are, the same up to rounding whoever else is in its group.
     """
-    first = turns[0]
+    first = groups[0][0][0]
     first._enter()
-    clients = [turn._pieces(asked) for turn, asked in zip(turns, parts, strict=True)]
+    pieces = [[turn._pieces(parts) for turn, parts in group] for group in groups]
     with torch.no_grad(), first._place.accelerator.autocast():
-        return mean_losses(first.routers.pure_models, first.forward, clients, first.args.per_device_eval_batch_size)
+        return mean_losses(first.routers.pure_models, first.forward, pieces, first.args.per_device_eval_batch_size)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,11 @@ DEVIATIONS = (0.2023, 0.1994, 0.2010)
 
 
 class Normalize(nn.Module):
-    """Subtracts each channel's mean from images (examples, channels, ...) and divides by its standard deviation."""
+    """Subtracts each channel's mean from images (examples, channels, ...) and divides by its standard deviation.
+
+    On a CPU the images come out with their channels last in memory: convolutions and pools leave them so, and max
+    pooling is some ten times as fast there.
+    """
 
     means: Tensor
     deviations: Tensor
@@ -34,7 +38,10 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The images, normalised."""
-        return (images - self.means) / self.deviations
+        found = (images - self.means) / self.deviations
+        if found.device.type != "cpu" or torch._C._are_functorch_transforms_active():  # vmap knows one layout only
+            return found
+        return found.contiguous(memory_format=torch.channels_last)
 
 
 def cifar10_model() -> nn.Module:

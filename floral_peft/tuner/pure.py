@@ -88,14 +88,14 @@ class PureModels:
         with torch.no_grad(), _evaluating(self._modules), self._first_client():
             if self._together:
                 try:
-                    with _batched(self._factored, self._adapter):
+                    with self._computed("stacked"), _lanes_refused():
                         return [vmap(lambda part: self._within(part, loss, batch))(tensors) for batch in held]  # noqa: B023
                 except (RuntimeError, UserWarning):  # whatever else is wrong is wrong below, too
                     self._together = False
             count = len(next(iter(tensors.values())))
             parts = [{name: tensor[c] for name, tensor in tensors.items()} for c in range(count)]
-            # A layer keeps its merged weights from batch to batch.
-            rows = [[self._within(part, loss, batch) for batch in held] for part in parts]
+            with self._computed("merged"):  # once for all batches: a layer keeps its merged weights
+                rows = [[self._within(part, loss, batch) for batch in held] for part in parts]
             return [torch.stack(losses) for losses in zip(*rows, strict=True)]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -113,6 +113,23 @@ class PureModels:
     def _within(self, tensors: Mapping[str, Tensor], loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         result: Tensor = self._with(tensors, lambda: loss(batch))
         return result
+
+    @contextmanager
+    def _computed(self, way: str) -> Iterator[None]:
+        """Within, layers compute in this way, whatever is cheaper for a number of batches: results are not to differ.
+
+        Stacked they must be computed together: the base's part, merged, would be another for each adaptor. One after
+        the other they are merged, unless the config says otherwise.
+        """
+        before = [layer.compute[self._adapter] for layer in self._factored]
+        for layer, asked in zip(self._factored, before, strict=True):
+            if way == "stacked" or asked == "auto":
+                layer.compute[self._adapter] = way
+        try:
+            yield
+        finally:
+            for layer, asked in zip(self._factored, before, strict=True):
+                layer.compute[self._adapter] = asked
 
     @contextmanager
     def _first_client(self) -> Iterator[None]:
@@ -148,22 +165,11 @@ def _can_batch(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _batched(layers: Sequence[FactoredLayer], adapter_name: str) -> Iterator[None]:
-    """Within, no weights are merged: the base's part, merged, would be another for each adaptor.
-
-    Raises:
-        UserWarning: An operation is one that vmap does lane by lane.
-    """
-    before = [layer.compute[adapter_name] for layer in layers]
-    for layer in layers:
-        layer.compute[adapter_name] = "stacked"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "There is a performance drop", UserWarning)
-            yield
-    finally:
-        for layer, compute in zip(layers, before, strict=True):
-            layer.compute[adapter_name] = compute
+def _lanes_refused() -> Iterator[None]:
+    """Within, an operation that vmap does lane by lane is an error, a UserWarning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "There is a performance drop", UserWarning)
+        yield
 
 
 @contextmanager

@@ -136,3 +136,20 @@ def test_clients_with_more_of_their_own_than_a_router_look_alone(tmp_path: Path,
     run = trainer(tmp_path, model=model, **POSTERIOR)
     run.evaluate()
     assert looks == [1, 1, 1, 1]
+
+
+def test_in_turn_clients_share_a_look_but_no_pass_and_find_the_same_bits(
+    tmp_path: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(folder: str) -> dict[str, Tensor]:
+        run = trainer(tmp_path / folder, model=started(), rounds=3, cohort="loop", **POSTERIOR)
+        run.train()
+        return tensors(run.model)
+
+    together = trained("together")
+    assert looks[:3] == [4, 4, 4]
+    alone(monkeypatch)
+    looks.clear()
+    one_by_one = trained("alone")
+    assert looks[:12] == [1] * 12
+    assert all(torch.equal(together[name], value) for name, value in one_by_one.items())

@@ -1,0 +1,186 @@
+"""Local steps are made with the adaptors that a client uses, and come out as if all had taken part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from floral_peft.federated import ServerState
+from floral_peft.federated.client import LocalTraining
+from floral_peft.federated.cohort import InTurn
+from floral_peft.federated.side_by_side import SideBySide
+from floral_peft.federated.used_adaptors import AdaptorAxes, used_adaptors
+from floral_peft.tuner import FloralLayer
+
+from .clients import floral_net, net, population, trainer
+
+
+ADAPTORS = 4
+NEVER = -1e4
+#: The adaptors of client 0, 1, ...: none uses all, one uses several.
+USED = ([0], [2], [1, 3], [2])
+
+
+@pytest.fixture
+def visits() -> Iterator[ExitStack]:
+    with ExitStack() as held:
+        yield held
+
+
+def model_of(**config: Any) -> Any:
+    return floral_net(net(norm=True), num_adaptors=ADAPTORS, init_std=0.5, adapt_norms=True, **config)
+
+
+def routers(layers: int = 1) -> dict[str, Tensor]:
+    found = {}
+    for k, used in enumerate(USED):
+        logits = torch.full((1, layers, ADAPTORS), NEVER)
+        logits[..., used] = torch.linspace(0.0, 0.4, len(used))
+        found[f"client {k}"] = logits
+    return found
+
+
+def note(counts: set[int]) -> Any:
+    """A hook that notes how many adaptors a layer has when it is called to learn."""
+
+    def hook(module: Any, args: Any) -> None:
+        if torch.is_grad_enabled():
+            counts.add(len(module.floral_A["default"]))
+
+    return hook
+
+
+class Round:
+    """A round of clients whose routers hold some adaptors only, and the shapes of A in the model meanwhile."""
+
+    def __init__(self, folder: Path, visits: ExitStack, model: Any, **settings: Any) -> None:
+        # "posterior": something else than local steps finds the routers
+        self.trainer = made = trainer(folder, model=model, **{"router_update": "posterior", **settings})
+        visits.enter_context(made._visit())
+        self.state = ServerState.of(made.model, made._groups)
+        self.place = made._place
+        self.router = next(name for name, role in made._groups.roles.items() if role.kind == "router")
+        layers = made.model.router.logits["default"].shape[1]
+        self.routers = routers(layers)
+        self.seen: set[int] = set()
+        layer = next(layer for layer in made.model.modules() if isinstance(layer, FloralLayer))
+        layer.register_forward_pre_hook(note(self.seen))
+
+    def load(self, client_id: Any) -> Any:
+        return self.trainer.dataset[client_id]["train"], {self.router: self.routers[client_id]}
+
+    def __call__(self, kind: Any) -> dict[Any, Any]:
+        training = kind(self.place) if kind is SideBySide else InTurn(LocalTraining(self.place))
+        ids = list(self.routers)
+        return dict(zip(ids, training(ids, self.load, self.state), strict=True))
+
+
+KINDS = [LocalTraining, SideBySide]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({}, {}),
+        ({"router_per_layer": True}, {"alternating": True}),
+        ({"train_base": False, "shared_r": 1}, {"optimizer": "adam", "local_epochs": 2}),
+        ({"router_top_k": 2, "router_temperature": 2.0}, {"max_step_norm": 0.01, "max_grad_norm": 0.5}),
+    ],
+    ids=["", "by layer", "frozen base", "clipped"],
+)
+def test_the_others_change_nothing(
+    tmp_path: Path,
+    visits: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    config: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    part = Round(tmp_path / "part", visits, model_of(**config), **settings)
+    found = part(kind)
+    # one after the other each has its own; side by side as many as one of them needs
+    assert part.seen == ({1, 2} if kind is LocalTraining else {2})
+    monkeypatch.setattr(AdaptorAxes, "among", lambda self, trainable: {})
+    whole = Round(tmp_path / "whole", visits, model_of(**config), **settings)
+    expected = whole(kind)
+    assert whole.seen == {ADAPTORS}
+    for k, client_id in enumerate(expected):
+        (update, private), (other, kept) = found[client_id], expected[client_id]
+        assert update.train_loss == pytest.approx(other.train_loss, rel=1e-5)
+        assert torch.equal(update.usage, other.usage)
+        assert private.keys() == kept.keys() and all(torch.equal(private[name], kept[name]) for name in kept)
+        for name, delta in other.deltas.items():
+            torch.testing.assert_close(update.deltas[name], delta, rtol=1e-4, atol=1e-5)
+        unused = [c for c in range(ADAPTORS) if c not in USED[k]]
+        for name, cluster in part.place.groups.clustered.items():
+            moved = update.deltas[name].movedim(cluster.axis, 0)
+            assert not moved[unused].any()
+        assert any(update.deltas[name].any() for name in part.place.groups.clustered)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_has_all_of_them_afterwards_whatever_happens(tmp_path: Path, visits: ExitStack, kind: Any) -> None:
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        raise RuntimeError("this loss fails")
+
+    broken = Round(tmp_path, visits, model_of(), loss_fn=loss)
+    before = {name: value.clone() for name, value in broken.trainer.model.state_dict().items()}
+    parameters = dict(broken.trainer.model.named_parameters())
+    assert all(isinstance(outcome, RuntimeError) for outcome in broken(kind).values())
+    after = dict(broken.trainer.model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    shared = {name: value for name, value in broken.trainer.model.state_dict().items() if name != broken.router}
+    assert all(torch.equal(value, before[name]) for name, value in shared.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({}, {"router_update": "gradient"}),  # a router that trains may come to use any
+        ({"adapt_norms": "reparametrized"}, {}),  # these adaptors learn statistics from all examples
+    ],
+    ids=["router trains", "statistics"],
+)
+def test_where_the_others_may_count_they_take_part(
+    tmp_path: Path, visits: ExitStack, config: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    model = floral_net(net(norm=True), num_adaptors=ADAPTORS, **config)
+    made = trainer(tmp_path, model=model, **{"router_update": "posterior", **settings})
+    visits.enter_context(made._visit())
+    trains = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]
+    assert not AdaptorAxes(made.model, made._groups).among(trains)
+
+
+def test_clients_with_a_known_cluster_train_its_adaptor_only(tmp_path: Path, visits: ExitStack) -> None:
+    run = trainer(tmp_path, model=model_of(), dataset=population(num_clusters=3), optimal_routing=True)
+    seen: set[int] = set()
+    layer = next(layer for layer in run.model.modules() if isinstance(layer, FloralLayer))
+    layer.register_forward_pre_hook(note(seen))
+    run.train()
+    assert seen == {1} and len(layer.floral_A["default"]) == ADAPTORS  # type: ignore[index]
+
+
+def test_which_they_use() -> None:
+    mixtures = torch.tensor([[[0.0, 0.5, 0.5, 0.0]], [[1.0, 0.0, 0.0, 0.0]]])
+    found = used_adaptors(mixtures)
+    assert found is not None and found.tolist() == [[1, 2], [0, 1]]
+    assert used_adaptors(torch.tensor([[0.1, 0.9], [1.0, 0.0]])) is None  # one uses all
+    by_layer = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
+    assert used_adaptors(by_layer).tolist() == [[0, 2]]  # type: ignore[union-attr]
+
+
+def test_a_mixture_without_its_traces(tmp_path: Path) -> None:
+    made = trainer(tmp_path, model=floral_net(num_adaptors=3, router_temperature=2.0))
+    logits = torch.log(torch.tensor([[[0.6, 0.395, 0.005]]])) * 2
+    without = made._routers.without_traces(logits, 0.01)
+    torch.testing.assert_close(made._routers.mixture_of(without), torch.tensor([0.6 / 0.995, 0.395 / 0.995, 0.0]))
+    assert made._routers.mixture_of(without)[2] == 0
+    assert torch.equal(made._routers.without_traces(logits, 0.005), logits)
+    assert made._routers.mixture_of(made._routers.without_traces(logits, 1.0)).tolist() == [1.0, 0.0, 0.0]
