@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
+from floral_peft.federated.evidence import Piece
 from floral_peft.federated.turn import Arrival, Arrived, Turn, look_together
 
 
@@ -14,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 #: Examples of clients that arrive together are in memory together: so many evaluation batches at most.
 BATCHES = 8
-#: So many clients are evaluated together.
+#: So many clients look together: when they are evaluated, and when they train one after the other.
 GROUP = 32
 
 #: The parts of a client's training examples whose pure losses it will ask for on arrival, as rows; none: nothing.
@@ -62,24 +63,31 @@ class Arrivals:
             logger.debug("clients do not look at their examples together: %s", error)
 
 
-#: A client with the parts of its examples at which it looks.
-Looking = tuple[Turn, Sequence[Tensor]]
+#: A client with the examples at which it looks.
+Looking = tuple[Turn, Sequence[Piece]]
 
 
 def _bounded(groups: Iterable[Sequence[Turn]], examined: Examined) -> Iterator[list[list[Looking]]]:
-    """Clients with something to look at, so many at a time that their examples are not too many."""
+    """Clients with something to look at, so many at a time that their examples are not too many.
+
+    One whose examples cannot be read is left out: it says so itself when it arrives.
+    """
     held: list[list[Looking]] = []
     size = 0
     for group in groups:
         held.append([])
         for turn in group:
-            parts = examined(turn)
-            count = sum(map(len, parts))
+            try:
+                pieces = turn.pieces(examined(turn))
+            except Exception as error:
+                logger.debug("client %r does not look at its examples with the others: %s", turn.client_id, error)
+                continue
+            count = sum(piece.size for piece in pieces)
             if size and size + count > BATCHES * turn.args.per_device_eval_batch_size:
                 yield [one for one in held if one]
                 held, size = [[]], 0
             if count:
-                held[-1].append((turn, parts))
+                held[-1].append((turn, pieces))
                 size += count
     if size:
         yield [one for one in held if one]

@@ -76,6 +76,11 @@ class Examples:
         self.arrays = self._arrays if self._transform is None else None
         self._length = len(dataset)
 
+    @property
+    def resident(self) -> bool:
+        """Whether the whole split is in memory."""
+        return self._arrays is not None
+
     def __len__(self) -> int:
         return self._length
 

@@ -44,7 +44,7 @@ class LocalTraining:
         self._collator = place.collator
         self._norms = [module for module in place.model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(place.model).values())
-        self._axes = AdaptorAxes(place.model, place.groups)
+        self._axes = AdaptorAxes(place)
 
     def __call__(
         self, client_id: ClientId, dataset: Dataset | Examples, private: PrivateState, state: ServerState
@@ -171,6 +171,8 @@ def _only_training(parameters: Mapping[str, nn.Parameter], names: list[str]) -> 
     stopped = [parameter for name, parameter in parameters.items() if parameter.requires_grad and name not in chosen]
     for parameter in stopped:
         parameter.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.grad = None  # what somebody else has left there
     try:
         yield
     finally:

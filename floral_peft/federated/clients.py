@@ -187,17 +187,22 @@ class Clients:
     ) -> Callable[[ClientId], Turn]:
         """Gives the turns of clients that come together, each once; they know what could be found for all at once."""
         private = {client_id: own for group in groups for client_id, own in group.items()}
+        together = {client_id: len(group) for group in groups for client_id in group}
         held: dict[ClientId, Turn] = {}
 
+        def begin(client_id: ClientId) -> Turn:
+            resident, lot = RESIDENT_BYTES // len(private), lots.get(client_id, 0)
+            return self.turn(client_id, private[client_id](), round, state, resident, lot)
+
         def turn(client_id: ClientId) -> Turn:
-            resident = RESIDENT_BYTES // len(private)
-            lot = lots.get(client_id, 0)
-            return held.pop(client_id, None) or self.turn(client_id, private[client_id](), round, state, resident, lot)
+            found = held.pop(client_id, None) or begin(client_id)
+            found.hold(RESIDENT_BYTES // together[client_id])
+            return found
 
         if self.arrivals.shared and len(private) > 1:
             for client_id in private:
                 with suppress(Exception):  # told when the client comes
-                    held[client_id] = turn(client_id)
+                    held[client_id] = begin(client_id)
             self.arrivals.foresee([[held[client_id] for client_id in group if client_id in held] for group in groups])
         return turn
 

@@ -160,7 +160,9 @@ class Routers:
         count, names = config.num_clients, config.client_names
         adapter = self.name.rpartition(".")[2]
         settings = router.settings[adapter]
-        router.settings[adapter] = self._settings(settings)
+        visiting = self._settings(settings)
+        # Noise changes no fixed router's mixture, but whoever draws after it draws something else.
+        router.settings[adapter] = visiting if self._fixed is None else replace(visiting, noise=0.0)
         self._hold_one()
         try:
             yield
@@ -271,11 +273,11 @@ class Routers:
 
         Args:
             logits: Those of π, (1, L, C).
-            least: The least weight that stays, in units of the largest one in its row.
+            least: The least weight that stays, in units of the largest one in its row; above 0.
         """
         temperature = self._model.active_peft_config.router_temperature
         traces = logits < logits.amax(dim=-1, keepdim=True) + temperature * math.log(least)
-        return logits.masked_fill(traces, _NEVER * temperature)
+        return torch.where(traces, logits.amax(dim=-1, keepdim=True) + _NEVER * temperature, logits)
 
     def _table(self) -> nn.Parameter:
         return dict(self._model.named_parameters())[self.name]

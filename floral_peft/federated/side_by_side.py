@@ -25,7 +25,7 @@ from floral_peft.federated.server import PrivateState, ServerState
 from floral_peft.federated.stacked_gradients import clip_stacked, clip_steps_stacked, precondition_stacked
 from floral_peft.federated.stacked_model import Stack, StackedModel
 from floral_peft.federated.stacked_optimizer import StackedOptimizer, unserved
-from floral_peft.federated.used_adaptors import AdaptorAxes, Parts
+from floral_peft.federated.used_adaptors import AdaptorAxes, UsedSlices
 from floral_peft.federated.workplace import Workplace
 from floral_peft.tuner import base_weights, factor_pairs
 
@@ -73,7 +73,7 @@ class SideBySide:
         self.failure: str | None = None
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(model).values())
-        self._axes = AdaptorAxes(model, groups)
+        self._axes = AdaptorAxes(place)
         if place.args.fp16:
             raise ValueError("fp16=True scales the loss, client by client: use bf16=True")
         reason = unserved(place.args.build_optimizer([{"params": [torch.zeros(1)]}]))
@@ -124,8 +124,8 @@ class SideBySide:
         self._visitor.load({}, state)  # loading may have used the model
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         privates = [private for _, private in entered]
-        parts = self._parts(privates, trainable)
-        stacked = self._stack(privates, held, parts)
+        used = self._used(privates, trainable)
+        stacked = self._stack(privates, held, used)
         self._model.train()
         for norm in self._resting:
             norm.eval()
@@ -133,7 +133,7 @@ class SideBySide:
         for phase in training_phases(trainable, self._groups, self._place.args.alternating):
             losses = self._run_phase(phase, lanes, packed, stacked, state)
         ids = [client_ids[lane.position] for lane in lanes]
-        return self._results(ids, lanes, privates, parts, stacked, losses, state)
+        return self._results(ids, lanes, privates, used, stacked, losses, state)
 
     def _enter(
         self, position: int, client_id: ClientId, load: Load, held: Mapping[str, Tensor], round: int
@@ -150,31 +150,31 @@ class SideBySide:
         lane = Lane(position, examples, generators, order, constants)
         return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
 
-    def _parts(self, privates: Sequence[PrivateState], trainable: Sequence[str]) -> Parts | None:
+    def _used(self, privates: Sequence[PrivateState], trainable: Sequence[str]) -> UsedSlices | None:
         """What each client uses of the adaptors; None where all of them use the whole of them."""
         axes = self._axes.among(trainable)
         if not axes:
             return None
         routers = {name: torch.stack([private[name] for private in privates]) for name in axes if name in privates[0]}
-        return Parts.of(axes, StackedModel(self._model, self._forward, self._accelerator, routers).mixtures())
+        return UsedSlices.of(axes, StackedModel(self._model, self._forward, self._accelerator, routers).mixtures())
 
     def _stack(
-        self, privates: Sequence[PrivateState], held: Mapping[str, Tensor], parts: Parts | None
+        self, privates: Sequence[PrivateState], held: Mapping[str, Tensor], used: UsedSlices | None
     ) -> StackedModel:
         """What the model holds, for every client, but with each client's private tensors, and what it uses."""
         count, own = len(privates), privates[0].keys()
         tensors: Stack = {}
         for name in self._names:
-            used = parts if parts is not None and name in parts.axes else None
+            sliced = used is not None and name in used.axes
             if name in own:
                 rows = [private[name] for private in privates]
                 tensors[name] = torch.stack(
-                    rows if used is None else [used.of_one(name, tensor, k) for k, tensor in enumerate(rows)]
+                    [used.for_client(name, row, k) for k, row in enumerate(rows)] if used and sliced else rows
                 )
-            elif used is None:
-                tensors[name] = held[name].expand(count, *held[name].shape).clone()
+            elif used and sliced:
+                tensors[name] = used.for_each(name, held[name])
             else:
-                tensors[name] = used.of_each(name, held[name])
+                tensors[name] = held[name].expand(count, *held[name].shape).clone()
         return StackedModel(self._model, self._forward, self._accelerator, tensors)
 
     def _run_phase(
@@ -227,16 +227,16 @@ class SideBySide:
         client_ids: list[ClientId],
         lanes: Sequence[Lane],
         privates: Sequence[PrivateState],
-        parts: Parts | None,
+        used: UsedSlices | None,
         stacked: StackedModel,
         losses: Tensor,
         state: ServerState,
     ) -> dict[int, Outcome]:
-        usages = self._usages(lanes, stacked, parts)
-        deltas = {name: _moved(name, stacked.tensors[name], old, parts) for name, old in state.tensors.items()}
+        usages = self._usages(lanes, stacked, used)
+        deltas = {name: _moved(name, stacked.tensors[name], old, used) for name, old in state.tensors.items()}
         private = {
             # A router of which only a part was there has not trained.
-            name: [own[name] for own in privates] if parts and name in parts.axes else stacked.tensors[name]
+            name: [own[name] for own in privates] if used and name in used.axes else stacked.tensors[name]
             for name in self._groups.private
         }
         return {
@@ -259,11 +259,11 @@ class SideBySide:
         self.failure = f"{type(error).__name__}: {error}"
         logger.info("%d clients could not be trained side by side, and are trained alone: %s", count, self.failure)
 
-    def _usages(self, lanes: Sequence[Lane], stacked: StackedModel, parts: Parts | None) -> Tensor | None:
+    def _usages(self, lanes: Sequence[Lane], stacked: StackedModel, used: UsedSlices | None) -> Tensor | None:
         """π̂ᵏ_c Nᵏ of every client, (clients, L, C)."""
         if not self._groups.clustered:
             return None
-        mixtures = (stacked.mixtures() if parts is None else parts.mixtures).cpu().double()
+        mixtures = (stacked.mixtures() if used is None else used.mixtures).cpu().double()
         counts = torch.tensor([lane.num_examples for lane in lanes])
         return mixtures.reshape(len(lanes), -1, mixtures.shape[-1]) * counts.view(-1, 1, 1)
 
@@ -274,12 +274,12 @@ def _fitting(private: Tensor, held: Tensor) -> Tensor:
     return private.to(held)
 
 
-def _moved(name: str, new: Tensor, old: Tensor, parts: Parts | None) -> Tensor | list[Tensor]:
+def _moved(name: str, new: Tensor, old: Tensor, used: UsedSlices | None) -> Tensor | list[Tensor]:
     """By how much each client has moved a tensor of the server's."""
-    if parts is None or name not in parts.axes:
+    if used is None or name not in used.axes:
         return _difference(new, old)
-    of_each = [_difference(part, parts.of_one(name, old, row)) for row, part in enumerate(new)]
-    return [parts.whole(name, delta, row, old) for row, delta in enumerate(of_each)]
+    of_each = [_difference(part, used.for_client(name, old, row)) for row, part in enumerate(new)]
+    return [used.scattered(name, delta, row, old) for row, delta in enumerate(of_each)]
 
 
 def _difference(new: Tensor, old: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Turn:
         Args:
             parts: The rows of each, int64.
         """
-        return self._foreseen or look_together([[(self, parts)]])[0]
+        return self._foreseen or look_together([[(self, self.pieces(parts))]])[0]
 
     def foresee(self, losses: list[Tensor]) -> None:
         """What `pure_losses_of` will say, where that is known already.
@@ -176,6 +176,12 @@ class Turn:
         """The client's training examples, ready to be cut into batches."""
         return Examples(self.dataset, self._place.collator, self._place.accelerator.device, self._resident)
 
+    def hold(self, resident: int) -> None:
+        """Training examples of up to this many bytes are held in memory as a whole from now on."""
+        if resident > self._resident and "examples" in vars(self) and not self.examples.resident:
+            del self.examples  # to be read again
+        self._resident = resident
+
     def _enter(self) -> None:
         """Have the model hold the client's tensors, in evaluation mode."""
         self._place.visitor.load(self.private, self._state)
@@ -189,15 +195,20 @@ class Turn:
         seed_generators(derive_seed(args.seed, "relearn", self.round, self.client_id), device)
         return self.examples, place.forward.constants(self.examples)
 
-    def _pieces(self, parts: Sequence[Tensor]) -> list[Piece]:
-        """Parts of the client's training examples, in pieces of a batch at most."""
+    def pieces(self, parts: Sequence[Tensor]) -> list[Piece]:
+        """Parts of the client's training examples, in pieces of a batch at most.
+
+        Args:
+            parts: The rows of each, int64; none of them empty.
+        """
         examples, constants = self._examples()
         found = [
             Piece(number, len(rows) / len(part), len(rows), {**examples.batch(rows), **constants})
             for number, part in enumerate(parts)
             for rows in part.split(self.args.per_device_eval_batch_size)
         ]
-        self._note_labels(found[0].batch)
+        if found:
+            self._note_labels(found[0].batch)
         return found
 
     @contextmanager
@@ -219,22 +230,21 @@ class Turn:
             place.visitor.load(self.private, before)
 
 
-def look_together(groups: Sequence[Sequence[tuple[Turn, Sequence[Tensor]]]]) -> list[list[Tensor]]:
+def look_together(groups: Sequence[Sequence[tuple[Turn, Sequence[Piece]]]]) -> list[list[Tensor]]:
     """The pure losses of parts of several clients' training examples.
 
     Of several clients only the routers may differ in the model.
 
     Args:
-        groups: Clients, at least one, each with the rows of each part, none of them empty. Those of a group share
-            passes.
+        groups: Clients, at least one, each with its pieces: see `Turn.pieces`. Those of a group share passes.
 
     Returns:
         For each client, in order, what `Turn.pure_losses_of` says of its parts: the same bits whatever other groups
-        there are, the same up to rounding whoever else is in its group.
+        there are, the same up to rounding whoever else is in its group (unless the model draws in evaluation).
     """
     first = groups[0][0][0]
     first._enter()
-    pieces = [[turn._pieces(parts) for turn, parts in group] for group in groups]
+    pieces = [[own for _, own in group] for group in groups]
     with torch.no_grad(), first._place.accelerator.autocast():
         return mean_losses(first.routers.pure_models, first.forward, pieces, first.args.per_device_eval_batch_size)
 

@@ -5,31 +5,46 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from floral_peft.federated.groups import ParameterGroups
-from floral_peft.tuner import private_buffers
+from floral_peft.federated.forward import Forward
+from floral_peft.federated.workplace import Workplace
+from floral_peft.tuner import parameter_roles, private_buffers
+
+
+#: torch's optimisers that move each number by its own gradients: what else is in its tensor does not count.
+ELEMENTWISE = {
+    "sgd", "adam", "adamw", "adagrad", "adadelta", "adamax", "nadam", "radam", "rmsprop", "rprop"
+}  # fmt: skip
 
 
 class AdaptorAxes:
     """The parameters with a slice per adaptor, where slices may be left out of local steps.
 
-    That is where local steps leave the router alone: an adaptor whose weight is 0 keeps it and gets no gradient, so
-    that all else comes out the same, up to rounding, without it. Nothing may be left out where adaptors have something
-    of their own that no gradient moves, nor in an ensemble, whose parameters belong to one of its models each.
+    That is where local steps leave the router alone. An adaptor whose weight is 0 keeps it and gets no gradient: all
+    else comes out the same without it, up to rounding, and so would it, but for weight decay, which then does not
+    touch what the client does not use. All take part where something may count that the weight does not tell: the
+    router's noise, a method's own forward, an optimiser that looks at whole tensors, adaptors with statistics of their
+    own, parts of them that are frozen, private or shared. (A hook in the model that looks at other adaptors finds them
+    gone.)
 
     Args:
-        model: The model.
-        groups: Which of its tensors are shared, clustered, private.
+        place: The model and what belongs to it.
     """
 
-    def __init__(self, model: nn.Module, groups: ParameterGroups) -> None:
+    def __init__(self, place: Workplace) -> None:
+        model, groups = place.model, place.groups
+        roles = parameter_roles(model)
+        adaptors = {name for name, role in roles.items() if role.kind == "adaptor"}
         axes = {name: cluster.axis for name, cluster in groups.clustered.items() if cluster.adaptor is None}
-        self._routers = {name: -1 for name, role in groups.roles.items() if role.kind == "router"}
-        sliced = axes.keys() == groups.clustered.keys() and axes.keys().isdisjoint(groups.anchors)
-        self._axes = {**axes, **self._routers} if axes and sliced and not private_buffers(model) else {}
+        plain = type(place.forward) is Forward and place.args.optimizer.lower() in ELEMENTWISE
+        sliced = adaptors == axes.keys() == groups.clustered.keys() and axes.keys().isdisjoint(groups.anchors)
+        self._model: Any = model
+        self._routers = {name: -1 for name, role in roles.items() if role.kind == "router"}
+        self._axes = {**axes, **self._routers} if axes and plain and sliced and not private_buffers(model) else {}
 
     def among(self, trainable: Collection[str]) -> Mapping[str, int]:
         """Parameter → its axis of length C, routers included; empty where nothing may be left out.
@@ -37,7 +52,10 @@ class AdaptorAxes:
         Args:
             trainable: The parameters that local steps train.
         """
-        return self._axes if self._routers.keys().isdisjoint(trainable) else {}
+        if not self._axes or not self._routers.keys().isdisjoint(trainable):
+            return {}
+        router = self._model.router
+        return {} if any(router.settings[name].noise for name in router.active_adapters) else self._axes
 
 
 def used_adaptors(mixtures: Tensor) -> Tensor | None:
@@ -59,7 +77,7 @@ def used_adaptors(mixtures: Tensor) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Parts:
+class UsedSlices:
     """The slices that clients use, each its own, of the tensors with a slice per adaptor.
 
     Args:
@@ -73,23 +91,24 @@ class Parts:
     mixtures: Tensor
 
     @classmethod
-    def of(cls, axes: Mapping[str, int], mixtures: Tensor) -> Parts | None:
-        """The parts for some clients; None if one of them uses all."""
+    def of(cls, axes: Mapping[str, int], mixtures: Tensor) -> UsedSlices | None:
+        """The slices of some clients; None if one of them uses all."""
         numbers = used_adaptors(mixtures)
         return None if numbers is None else cls(axes, numbers, mixtures)
 
-    def of_each(self, name: str, tensor: Tensor) -> Tensor:
-        """Each client's part of a tensor that all have in common, (clients, ...), in new memory."""
+    def for_each(self, name: str, tensor: Tensor) -> Tensor:
+        """Every client's slices of a tensor that all have in common, (clients, ...), in new memory."""
         axis = self.axes[name] % tensor.dim()
         return tensor.movedim(axis, 0)[self.numbers.to(tensor.device)].movedim(1, axis + 1).contiguous()
 
-    def of_one(self, name: str, tensor: Tensor, row: int) -> Tensor:
-        """One client's part of a tensor."""
-        return tensor.index_select(self.axes[name], self.numbers[row].to(tensor.device))
+    def for_client(self, name: str, tensor: Tensor, client: int) -> Tensor:
+        """One client's slices of a tensor."""
+        return tensor.index_select(self.axes[name], self.numbers[client].to(tensor.device))
 
-    def whole(self, name: str, part: Tensor, row: int, like: Tensor) -> Tensor:
-        """One client's part among all slices, the others of which are 0; `like` has their shape."""
-        return part.new_zeros(like.shape).index_copy_(self.axes[name], self.numbers[row].to(part.device), part)
+    def scattered(self, name: str, slices: Tensor, client: int, like: Tensor) -> Tensor:
+        """One client's slices in a tensor with the shape of `like`, which is 0 elsewhere."""
+        numbers = self.numbers[client].to(slices.device)
+        return slices.new_zeros(like.shape).index_copy_(self.axes[name], numbers, slices)
 
 
 @contextmanager
@@ -107,11 +126,11 @@ def narrowed(parameters: Mapping[str, nn.Parameter], axes: Mapping[str, int], mi
         return
     whole = {name: parameters[name].data for name in axes}
     chosen = {name: numbers[0].to(value.device) for name, value in whole.items()}
-    for name, axis in axes.items():
-        parameters[name].data = whole[name].index_select(axis, chosen[name])
+    used = {name: value.index_select(axes[name], chosen[name]) for name, value in whole.items()}
     try:
+        for name, slices in used.items():
+            parameters[name].data = slices
         yield
     finally:
-        for name, axis in axes.items():
-            whole[name].index_copy_(axis, chosen[name], parameters[name].data)
-            parameters[name].data = whole[name]
+        for name, slices in used.items():
+            parameters[name].data = whole[name].index_copy_(axes[name], chosen[name], slices)

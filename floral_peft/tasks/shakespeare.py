@@ -137,6 +137,7 @@ SETTINGS: dict[str, Any] = {
     "max_grad_norm": 5.0,
     "eval_steps": 100,
     "num_adaptors": 10,
+    "search_adaptors": 10,  # roles form no clear clusters, and to look at forty adaptors takes long
     "r": 8,
     "router_noise": 1.0,
     "target_modules": ["embedding", "output"],

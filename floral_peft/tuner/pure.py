@@ -86,16 +86,22 @@ class PureModels:
         held = list(batches)
         tensors = self._tensors()
         with torch.no_grad(), _evaluating(self._modules), self._first_client():
+            failure: Exception | None = None
             if self._together:
                 try:
-                    with self._computed("stacked"), _lanes_refused():
+                    with self._stacked(self._factored), _lanes_refused():
                         return [vmap(lambda part: self._within(part, loss, batch))(tensors) for batch in held]  # noqa: B023
-                except (RuntimeError, UserWarning):  # whatever else is wrong is wrong below, too
-                    self._together = False
+                except (RuntimeError, UserWarning) as error:
+                    failure = error
             count = len(next(iter(tensors.values())))
             parts = [{name: tensor[c] for name, tensor in tensors.items()} for c in range(count)]
-            with self._computed("merged"):  # once for all batches: a layer keeps its merged weights
+            # Convolutions are merged, once for all batches. Of the others, whether it pays would depend on how many
+            # batches there are, and so would the bits.
+            others = [layer for layer in self._factored if not isinstance(layer, ConvLayer)]
+            with self._stacked([layer for layer in others if layer.compute[self._adapter] == "auto"]):
                 rows = [[self._within(part, loss, batch) for batch in held] for part in parts]
+            if failure is not None and not isinstance(failure, torch.OutOfMemoryError):
+                self._together = False  # it is vmap that cannot do it: whatever else is wrong is wrong here, too
             return [torch.stack(losses) for losses in zip(*rows, strict=True)]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -115,20 +121,15 @@ class PureModels:
         return result
 
     @contextmanager
-    def _computed(self, way: str) -> Iterator[None]:
-        """Within, layers compute in this way, whatever is cheaper for a number of batches: results are not to differ.
-
-        Stacked they must be computed together: the base's part, merged, would be another for each adaptor. One after
-        the other they are merged, unless the config says otherwise.
-        """
-        before = [layer.compute[self._adapter] for layer in self._factored]
-        for layer, asked in zip(self._factored, before, strict=True):
-            if way == "stacked" or asked == "auto":
-                layer.compute[self._adapter] = way
+    def _stacked(self, layers: Sequence[FactoredLayer]) -> Iterator[None]:
+        """Within, these layers merge no weights. Computed together they cannot: the base's part would differ, too."""
+        before = [layer.compute[self._adapter] for layer in layers]
+        for layer in layers:
+            layer.compute[self._adapter] = "stacked"
         try:
             yield
         finally:
-            for layer, asked in zip(self._factored, before, strict=True):
+            for layer, asked in zip(layers, before, strict=True):
                 layer.compute[self._adapter] = asked
 
     @contextmanager

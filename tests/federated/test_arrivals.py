@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 
-from floral_peft.federated import FederatedDataset
+from floral_peft.federated import FederatedDataset, ServerState
 from floral_peft.federated import clients as clients_module
 from floral_peft.tuner import PureModels
 
@@ -153,3 +154,45 @@ def test_in_turn_clients_share_a_look_but_no_pass_and_find_the_same_bits(
     one_by_one = trained("alone")
     assert looks[:12] == [1] * 12
     assert all(torch.equal(together[name], value) for name, value in one_by_one.items())
+
+
+def test_a_client_whose_examples_cannot_be_read_does_not_make_the_others_look_alone(
+    tmp_path: Path, looks: list[int]
+) -> None:
+    clients = population()
+    ragged = Dataset.from_dict({"points": [[1.0] * 4, [1.0] * 3], "labels": [0, 1]})
+    splits = {**{k: clients[k] for k in clients}, "ragged": DatasetDict(train=ragged)}
+    run = trainer(tmp_path, model=started(), dataset=FederatedDataset(splits), rounds=1, cohort="loop", **POSTERIOR)
+    run.train()
+    assert looks[0] == 4
+
+
+def test_a_client_with_a_wrong_example_changes_no_bit_of_what_others_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = population()
+    wrong = Dataset.from_dict({"points": [[1.0] * 5] * 3, "labels": [0, 1, 2]})  # a feature too many
+    splits = {"wrong": DatasetDict(train=wrong), **{k: clients[k] for k in clients}}
+
+    def trained(folder: str) -> dict[str, Tensor]:
+        dataset = FederatedDataset(splits)
+        run = trainer(tmp_path / folder, model=started(), dataset=dataset, rounds=3, cohort="loop", **POSTERIOR)
+        run.train()
+        return tensors(run.model)
+
+    together = trained("together")
+    alone(monkeypatch)
+    one_by_one = trained("alone")
+    assert all(torch.equal(together[name], value) for name, value in one_by_one.items())
+
+
+def test_examples_that_are_too_many_to_be_held_for_several_clients_are_held_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients_module, "RESIDENT_BYTES", 1000)  # a client has some 400 bytes
+    run = trainer(tmp_path, model=started(), **POSTERIOR)
+    with run._visit():
+        private = {k: partial(run._clients.private, k) for k in run.dataset.ids}
+        for groups, resident in ([[{k: own} for k, own in private.items()], True], [[private], False]):
+            turns = run._clients.turns(groups, 0, ServerState.of(run.model, run._groups))
+            assert all(turns(k).examples.resident == resident for k in private)

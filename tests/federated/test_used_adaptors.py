@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from floral_peft.federated import ServerState
+from floral_peft.federated import ServerState, get_method
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.cohort import InTurn
+from floral_peft.federated.forward import Forward
 from floral_peft.federated.side_by_side import SideBySide
-from floral_peft.federated.used_adaptors import AdaptorAxes, used_adaptors
+from floral_peft.federated.used_adaptors import AdaptorAxes, narrowed, used_adaptors
 from floral_peft.tuner import FloralLayer
 
-from .clients import floral_net, net, population, trainer
+from .clients import floral_net, net, population, tensors, trainer
 
 
 ADAPTORS = 4
@@ -140,22 +141,81 @@ def test_the_model_has_all_of_them_afterwards_whatever_happens(tmp_path: Path, v
     assert all(torch.equal(value, before[name]) for name, value in shared.items())
 
 
+class Penalised(Forward):
+    """A loss that looks at the adaptors themselves."""
+
+
+class Orthogonal(type(get_method("floral"))):  # type: ignore[misc]
+    def forward(self, model: Any, loss_fn: Any = None) -> Forward:
+        return Penalised(model, loss_fn)
+
+
+def freeze(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "floral_A" in name:
+            parameter.requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
-        ({}, {"router_update": "gradient"}),  # a router that trains may come to use any
-        ({"adapt_norms": "reparametrized"}, {}),  # these adaptors learn statistics from all examples
+        ({}, {"router_update": "gradient"}),
+        ({"adapt_norms": "reparametrized"}, {}),
+        ({}, {"optimizer": "adafactor"}),
+        ({}, {"method": Orthogonal()}),
+        ({}, {"frozen": True}),
     ],
-    ids=["router trains", "statistics"],
+    ids=["router trains", "statistics", "whole tensors", "own forward", "frozen factors"],
 )
 def test_where_the_others_may_count_they_take_part(
     tmp_path: Path, visits: ExitStack, config: dict[str, Any], settings: dict[str, Any]
 ) -> None:
+    settings = dict(settings)
     model = floral_net(net(norm=True), num_adaptors=ADAPTORS, **config)
+    if settings.pop("frozen", False):
+        freeze(model)
     made = trainer(tmp_path, model=model, **{"router_update": "posterior", **settings})
     visits.enter_context(made._visit())
     trains = [name for name, parameter in made.model.named_parameters() if parameter.requires_grad]
-    assert not AdaptorAxes(made.model, made._groups).among(trains)
+    assert not AdaptorAxes(made._place).among(trains)
+
+
+def test_frozen_factors_train_on(tmp_path: Path) -> None:
+    model = floral_net(num_adaptors=ADAPTORS, init_std=0.3)
+    freeze(model)
+    run = trainer(tmp_path, model=model, optimal_routing=True)
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_a_routers_noise_that_changes_nothing_moves_no_other_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(folder: str) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        base = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3))
+        model = floral_net(base, num_adaptors=ADAPTORS, init_std=0.3, router_noise=1.0)
+        run = trainer(tmp_path / folder, model=model, optimal_routing=True, max_grad_norm=1.0)
+        run.train()
+        return tensors(run.model)
+
+    part = trained("part")
+    monkeypatch.setattr(AdaptorAxes, "among", lambda self, trainable: {})
+    whole = trained("whole")
+    assert all(torch.allclose(part[name], value, atol=1e-5) for name, value in whole.items())
+
+
+def test_what_fails_on_the_way_in_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = {name: nn.Parameter(torch.arange(8.0).view(4, 2)) for name in "ab"}
+    held = {name: parameter.data for name, parameter in parameters.items()}
+    with pytest.raises(RuntimeError, match="within"), narrowed(parameters, {"a": 0, "b": 0}, torch.eye(4)[2]):
+        parameters["a"].data.add_(1)
+        raise RuntimeError("within")
+    assert parameters["a"].data is held["a"] or parameters["a"].data.data_ptr() == held["a"].data_ptr()
+    assert parameters["a"][2].tolist() == [5.0, 6.0] and parameters["a"][3].tolist() == [6.0, 7.0]
+    with pytest.raises(IndexError), narrowed(parameters, {"a": 0, "b": 5}, torch.eye(4)[2]):
+        pass
+    assert {len(parameter) for parameter in parameters.values()} == {4}
 
 
 def test_clients_with_a_known_cluster_train_its_adaptor_only(tmp_path: Path, visits: ExitStack) -> None:
@@ -183,4 +243,6 @@ def test_a_mixture_without_its_traces(tmp_path: Path) -> None:
     torch.testing.assert_close(made._routers.mixture_of(without), torch.tensor([0.6 / 0.995, 0.395 / 0.995, 0.0]))
     assert made._routers.mixture_of(without)[2] == 0
     assert torch.equal(made._routers.without_traces(logits, 0.005), logits)
+    low = made._routers.without_traces(torch.tensor([[[-3e4, -4e4, -3e4]]]), 0.01)
+    assert made._routers.mixture_of(low).tolist() == [0.5, 0.0, 0.5]
     assert made._routers.mixture_of(made._routers.without_traces(logits, 1.0)).tolist() == [1.0, 0.0, 0.0]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.fx
 from torch import Tensor
 
 from floral_peft import FederatedArguments, FederatedDataset, FederatedTrainer, FloralConfig
@@ -13,6 +14,7 @@ from floral_peft.federated import get_method
 from floral_peft.tasks import get_task
 from floral_peft.tasks.augment import FlipAndCrop
 from floral_peft.tasks.changes import rotate, shift_labels
+from floral_peft.tasks.cifar10 import Normalize, cifar10_model
 from floral_peft.tasks.images import ImageClients, deal
 from tests.tasks.folders import save_images
 
@@ -190,3 +192,15 @@ def test_the_clients_of_mnist_are_ready_in_seconds(tmp_path: Path) -> None:
     began = time.process_time()
     make(2)
     assert time.process_time() - began < 5
+
+
+def test_cifars_images_have_their_channels_last_on_a_cpu_and_nothing_else_changes() -> None:
+    normalize, images = Normalize(), torch.rand(2, 3, 8, 8)
+    found = normalize(images)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.stack([normalize(image) for image in images]), found)
+    assert torch.equal(torch.vmap(normalize)(images.unsqueeze(1)).squeeze(1), found)
+    model = cifar10_model()
+    traced = torch.fx.symbolic_trace(model)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(traced(images), model(images))
