@@ -84,8 +84,8 @@ class LocalTraining:
             # The last phase's loss is that of the model that is sent.
             for phase in training_phases(trainable, self._groups, self._place.args.alternating):
                 with _only_training(parameters, phase):
-                    phase_of = {name: parameters[name] for name in phase}
-                    loss = self._run_steps(phase_of, examples, constants, order, state)
+                    moving = {name: parameters[name] for name in phase}
+                    loss = self._run_steps(moving, examples, constants, order, state)
         deltas, trained = self._visitor.result(state)
         update = ClientUpdate(
             client_id=client_id,

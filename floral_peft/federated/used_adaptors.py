@@ -16,20 +16,17 @@ from floral_peft.tuner import parameter_roles, private_buffers
 
 
 #: torch's optimisers that move each number by its own gradients: what else is in its tensor does not count.
-ELEMENTWISE = {
-    "sgd", "adam", "adamw", "adagrad", "adadelta", "adamax", "nadam", "radam", "rmsprop", "rprop"
-}  # fmt: skip
+ELEMENTWISE = frozenset("sgd adam adamw adagrad adadelta adamax nadam radam rmsprop rprop".split())
 
 
 class AdaptorAxes:
     """The parameters with a slice per adaptor, where slices may be left out of local steps.
 
-    That is where local steps leave the router alone. An adaptor whose weight is 0 keeps it and gets no gradient: all
-    else comes out the same without it, up to rounding, and so would it, but for weight decay, which then does not
-    touch what the client does not use. All take part where something may count that the weight does not tell: the
-    router's noise, a method's own forward, an optimiser that looks at whole tensors, adaptors with statistics of their
-    own, parts of them that are frozen, private or shared. (A hook in the model that looks at other adaptors finds them
-    gone.)
+    That is where local steps leave the router alone: an adaptor whose weight is 0 keeps it and gets no gradient, so
+    that the rest comes out the same without it, up to rounding. (Weight decay alone would still move it, to no avail:
+    such a client does not count in its mean.) All take part where something else may count: the router's noise, a
+    method's own forward, an optimiser that looks at whole tensors, adaptors with statistics of their own, or parts of
+    adaptors that are frozen, private or shared. A hook in the model that looks at other adaptors finds them gone.
 
     Args:
         place: The model and what belongs to it.
