@@ -19,7 +19,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## Train FLoRAL against FedAvg on the embedded digits (about two minutes)
+demo: $(STAMP) ## Train FLoRAL against FedAvg on the embedded digits (about two minutes with the installation)
 	$(BIN)/floral-peft train $(ARGS)
 
 test: $(STAMP) ## Run the tests

@@ -81,13 +81,14 @@ class ParameterGroups:
         groups: dict[str, Group] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or roles[name].kind == "router":
-                groups[name] = method.group(name, roles[name])
+                groups[name] = _checked(method, name, method.group(name, roles[name]))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("the model has nothing to train: none of its parameters requires a gradient.")
         private = private_buffers(model)
         trains = any(roles[name].kind == "base" for name in groups)
         base = Role("base")
-        statistics = {n: method.group(n, base) for n in (_float_buffers(model, roles, private) if trains else ())}
+        buffers = _float_buffers(model, roles, private) if trains else ()
+        statistics = {name: _checked(method, name, method.group(name, base)) for name in buffers}
         everything = groups | statistics
         return cls(
             shared=tuple(name for name, group in groups.items() if group == "shared"),
@@ -97,6 +98,15 @@ class ParameterGroups:
             roles={name: roles[name] for name in groups},
             anchors={name: anchor for name in groups if (anchor := method.anchor(name)) is not None},
         )
+
+
+def _checked(method: Method, name: str, group: Group) -> Group:
+    if group not in ("shared", "private") and not isinstance(group, Clustered):
+        raise ValueError(
+            f'method "{method.name}": group({name!r}, ...) returned {group!r}; it must be "shared", "private" or '
+            "Clustered(...)."
+        )
+    return group
 
 
 def _float_buffers(model: nn.Module, roles: Mapping[str, Role], private: Collection[str]) -> tuple[str, ...]:

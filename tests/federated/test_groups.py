@@ -65,6 +65,20 @@ def test_fedavg_shares_all_that_trains_and_the_running_statistics() -> None:
     assert groups.private == ()
 
 
+@pytest.mark.parametrize("given", ["clustered", "priv", None])
+def test_a_group_that_there_is_not_is_named(given: Any) -> None:
+    class Mistaken(Method):
+        name = "mistaken"
+
+        def group(self, name: str, role: Role) -> Group:
+            result: Group = given if name.startswith("2.") else "shared"
+            return result
+
+    expected = rf'method "mistaken": group\(\'2.weight\', ...\) returned {given!r}; it must be "shared"'
+    with pytest.raises(ValueError, match=expected):
+        ParameterGroups.of(net(), Mistaken())
+
+
 def test_fedavg_takes_pefts_other_models() -> None:
     model = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0"]))
     assert len(ParameterGroups.of(model, get_method("fedavg")).shared) == 2
