@@ -202,6 +202,9 @@ class FederatedTrainer(Publishing, Personalizing):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train for `args.rounds` rounds. Afterwards the model holds the trained tensors and all routers by name.
 
+        These routers are those of each client's last visit. `evaluate`, `mixtures` and `export` find them anew where
+        clients find theirs on arrival, as by default.
+
         If a round fails or is interrupted, the model and the clients' state are those after the round before.
 
         Args:

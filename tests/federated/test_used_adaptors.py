@@ -15,6 +15,8 @@ from floral_peft.federated import ServerState, get_method
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.cohort import InTurn
 from floral_peft.federated.forward import Forward
+from floral_peft.federated.routers import Routers
+from floral_peft.federated.routing import schedule
 from floral_peft.federated.side_by_side import SideBySide
 from floral_peft.federated.used_adaptors import AdaptorAxes, narrowed, used_adaptors
 from floral_peft.tuner import FloralLayer
@@ -246,3 +248,18 @@ def test_a_mixture_without_its_traces(tmp_path: Path) -> None:
     low = made._routers.without_traces(torch.tensor([[[-3e4, -4e4, -3e4]]]), 0.01)
     assert made._routers.mixture_of(low).tolist() == [0.5, 0.0, 0.5]
     assert made._routers.mixture_of(made._routers.without_traces(logits, 1.0)).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_only_sgd_leaves_traces_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+    asked: list[float] = []
+    without = Routers.without_traces
+
+    def noted(self: Routers, logits: Tensor, least: float) -> Tensor:
+        asked.append(least)
+        return without(self, logits, least)
+
+    monkeypatch.setattr(Routers, "without_traces", noted)
+    settings: dict[str, Any] = {"router_update": "posterior", "optimizer": optimizer, "rounds": 1}
+    trainer(tmp_path, model=floral_net(num_adaptors=3), **settings).train()
+    assert asked == ([schedule.LEAST_SHARE] * 4 if optimizer == "sgd" else [])

@@ -205,7 +205,9 @@ class Posterior(RouterUpdate):
         if not turn.training:
             return Arrived(turn.with_logits(kept))
         handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))
-        working = routers.without_traces(routers.less(kept, handicap), schedule.LEAST_SHARE)
+        working = routers.less(kept, handicap)
+        if self.args.optimizer.lower() == "sgd":  # by others' steps traces train those adaptors that nobody else does
+            working = routers.without_traces(working, schedule.LEAST_SHARE)
         moved = chosen and not self._alike(_best(before), _best(kept), turn.memory)
         mixture = routers.mixture_of(working).double()
         told = (as_log_likelihoods(unseen[0], turn) if unseen else seen).double()

@@ -38,7 +38,7 @@ STEP_LENGTH = 1.0
 FOUND_STEP = 2.0
 #: The damping of preconditioned steps, the paper's: they are bounded anyway.
 DAMPING = 1e-5
-#: A client trains no adaptor of which it would use less than this share of what it uses of its best one.
+#: By SGD a client trains no adaptor of which it would use less than this share of what it uses of its best one.
 LEAST_SHARE = 0.01
 #: The logit of the adaptor that is dealt out to a client for its first visit.
 ASSIGNED = 20.0
