@@ -185,9 +185,13 @@ def test_where_the_others_may_count_they_take_part(
 def test_frozen_factors_train_on(tmp_path: Path) -> None:
     model = floral_net(num_adaptors=ADAPTORS, init_std=0.3)
     freeze(model)
+    before = tensors(model)
     run = trainer(tmp_path, model=model, optimal_routing=True)
     run.train()
-    assert run.state.global_step == 2
+    moved = {
+        name for name, value in tensors(run.model).items() if name in before and not torch.equal(value, before[name])
+    }
+    assert any("floral_B" in name for name in moved) and not any("floral_A" in name for name in moved)
 
 
 def test_a_routers_noise_that_changes_nothing_moves_no_other_draw(
@@ -207,13 +211,13 @@ def test_a_routers_noise_that_changes_nothing_moves_no_other_draw(
     assert all(torch.allclose(part[name], value, atol=1e-5) for name, value in whole.items())
 
 
-def test_what_fails_on_the_way_in_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_leaves_the_model_whole() -> None:
     parameters = {name: nn.Parameter(torch.arange(8.0).view(4, 2)) for name in "ab"}
     held = {name: parameter.data for name, parameter in parameters.items()}
     with pytest.raises(RuntimeError, match="within"), narrowed(parameters, {"a": 0, "b": 0}, torch.eye(4)[2]):
         parameters["a"].data.add_(1)
         raise RuntimeError("within")
-    assert parameters["a"].data is held["a"] or parameters["a"].data.data_ptr() == held["a"].data_ptr()
+    assert parameters["a"].data_ptr() == held["a"].data_ptr()
     assert parameters["a"][2].tolist() == [5.0, 6.0] and parameters["a"][3].tolist() == [6.0, 7.0]
     with pytest.raises(IndexError), narrowed(parameters, {"a": 0, "b": 5}, torch.eye(4)[2]):
         pass
