@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -29,6 +30,8 @@ from floral_peft.federated.turn import Arrived, Turn, with_arrival
 from floral_peft.federated.visits import Private, Visits, in_groups
 from floral_peft.federated.workplace import Workplace
 
+
+logger = logging.getLogger(__name__)
 
 class Clients:
     """The clients of one trainer.
@@ -214,14 +217,22 @@ class Clients:
             yield from ((client_id, partial(turns, client_id)) for client_id in private)
 
     def trained_routers(self, name: str, round: int) -> dict[ClientId, Tensor]:
-        """The routers, (1, L, C), that clients have kept; where they are found on arrival, those of all clients."""
+        """The routers, (1, L, C), that clients have kept; where they are found on arrival, those of all clients.
+
+        A client whose examples cannot be looked at has the router that it has kept, if any, and the log says so.
+        """
+        kept = self.kept_routers(name)
         if self.arrivals.arrival is None:
-            return self.kept_routers(name)
-        turns = self.everybody("train", round)
-        found = [(k, {name: self.arrivals(turn()).private[name]}) for k, turn in turns]
-        return self._told(
-            [item for part in self._processes.gather(pack_states(found)) for item in unpack_states(part)]
-        )
+            return kept
+        found: list[tuple[ClientId, PrivateState]] = []
+        for client_id, turn in self.everybody("train", round):
+            try:
+                found.append((client_id, {name: self.arrivals(turn()).private[name]}))
+            except Exception as error:  # as in training: a client's failure is its own loss
+                text = "client %r: %s: %s; it keeps the router of its last visit"
+                logger.warning(text, client_id, type(error).__name__, error)
+        gathered = self._processes.gather(pack_states(found))
+        return kept | self._told([item for part in gathered for item in unpack_states(part)])
 
     def kept_routers(self, name: str) -> dict[ClientId, Tensor]:
         """The routers, (1, L, C), that clients have stored."""

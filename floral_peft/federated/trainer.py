@@ -202,10 +202,11 @@ class FederatedTrainer(Publishing, Personalizing):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
         """Train for `args.rounds` rounds. Afterwards the model holds the trained tensors and all routers by name.
 
-        These routers are those of each client's last visit. `evaluate`, `mixtures` and `export` find them anew where
-        clients find theirs on arrival, as by default.
+        Where clients find their routers on arrival, as by default, all of them find theirs once more at the end, for
+        the adaptors that there are then; a client that was there last ten rounds ago has one for those of that time.
 
-        If a round fails or is interrupted, the model and the clients' state are those after the round before.
+        If a round fails or is interrupted, the model and the clients' state are those after the round before, and the
+        routers in the model those of each client's last visit.
 
         Args:
             resume_from_checkpoint: A checkpoint's folder in `output_dir`, or True for the newest;
@@ -243,6 +244,7 @@ class FederatedTrainer(Publishing, Personalizing):
         try:
             with self._visit():
                 reports = self._train_rounds(server)
+                found = self._routers_found()
         except BaseException:
             if self.processes.count == 1:  # others may be gone
                 self._install_routers()
@@ -250,7 +252,7 @@ class FederatedTrainer(Publishing, Personalizing):
         finally:
             seconds = time.perf_counter() - began
             self.accelerator.finish_trackers()
-        self._install_routers()
+        self._install_routers(found)
         return TrainOutput(self.state.global_step, *train_metrics(reports, seconds))
 
     def evaluate(self) -> Metrics:
@@ -447,10 +449,17 @@ class FederatedTrainer(Publishing, Personalizing):
         restore(trainer, self.state, self.callback_handler.callbacks)
         return held.of_message((value, tensors))
 
-    def _install_routers(self) -> None:
-        """Put the clients' routers into the model's table, in every process. Clients that keep nothing have none."""
+    def _routers_found(self) -> dict[ClientId, Tensor]:
+        """The routers of all clients for the adaptors that there are now; of clients that keep nothing, none."""
+        if self._routers is None or self.args.stateless:
+            return {}
+        return self._clients.trained_routers(self._routers.name, self._round)
+
+    def _install_routers(self, found: Mapping[ClientId, Tensor] | None = None) -> None:
+        """Put the clients' routers into the model's table, in every process: those found, or else those kept."""
         if self._routers is not None and not self.args.stateless:
-            self._routers.install(self.dataset.ids, self._clients.kept_routers(self._routers.name))
+            chosen = self._clients.kept_routers(self._routers.name) if found is None else found
+            self._routers.install(self.dataset.ids, chosen)
 
     def _save(self, server: ServerState) -> None:
         if self.state.best_global_step == server.round:

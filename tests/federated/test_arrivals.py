@@ -10,9 +10,11 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from floral_peft.federated import FederatedDataset, ServerState
 from floral_peft.federated import clients as clients_module
+from floral_peft.federated.turn import Arrived, Turn
 from floral_peft.tuner import PureModels
 
 from .clients import floral_net, net, population, tensors, trainer
@@ -92,9 +94,46 @@ def test_labels_that_the_loss_leaves_out_count_nothing(tmp_path: Path, monkeypat
     assert torch.isfinite(together).all() and torch.allclose(together, one_by_one, atol=1e-5)
 
 
-def test_a_round_side_by_side_takes_one_look(tmp_path: Path, looks: list[int]) -> None:
+def test_a_round_side_by_side_takes_one_look_and_so_does_its_end(tmp_path: Path, looks: list[int]) -> None:
     trainer(tmp_path, model=started(), rounds=3, cohort="vectorized", **POSTERIOR).train()
-    assert looks == [1, 1, 1]
+    assert looks == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("cohort", ["loop", "vectorized"])
+def test_after_training_the_model_holds_the_routers_that_fit_its_adaptors_of_now(tmp_path: Path, cohort: str) -> None:
+    run = trainer(tmp_path, model=started(), rounds=3, clients_per_round=1, cohort=cohort, **POSTERIOR)
+    run.train()
+    ids, mixtures = run.mixtures()
+    visited = set(run._store.clients())
+    assert visited < set(ids)  # the others have never trained
+    held = torch.stack([run.model.mixture(client_id) for client_id in ids])
+    assert torch.equal(held, mixtures)
+    kept = run._clients.kept_routers(run._routers.name)
+    stale = [torch.softmax(logits[0, 0], dim=-1) for logits in kept.values()]
+    assert not torch.allclose(torch.stack(stale), held[[ids.index(client_id) for client_id in kept]], atol=1e-3)
+
+
+def test_after_training_a_client_that_cannot_look_holds_the_router_of_its_last_visit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(tmp_path, model=started(), rounds=2, cohort="loop", **POSTERIOR)
+    arrive = run._arrivals.arrival
+    assert arrive is not None
+
+    def fails(turn: Turn) -> Arrived:
+        if turn.client_id == "client 1":
+            raise OSError("unreadable")
+        return arrive(turn)
+
+    class Breaks(TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            run._arrivals.arrival = fails
+
+    run.callback_handler.add_callback(Breaks())
+    run.train()
+    assert "client 'client 1': OSError: unreadable; it keeps the router of its last visit" in caplog.text
+    kept = run._clients.kept_routers(run._routers.name)["client 1"]
+    assert torch.allclose(run.model.mixture("client 1"), torch.softmax(kept[0, 0], dim=-1), atol=1e-6)
 
 
 def test_an_evaluation_takes_one_look(tmp_path: Path, looks: list[int]) -> None:
@@ -153,6 +192,8 @@ def test_in_turn_clients_share_a_look_but_no_pass_and_find_the_same_bits(
     looks.clear()
     one_by_one = trained("alone")
     assert looks[:12] == [1] * 12
+    routers = together.pop(name := next(name for name in together if "router" in name)), one_by_one.pop(name)
+    assert torch.allclose(*routers, atol=1e-4)  # found side by side at the end
     assert all(torch.equal(together[name], value) for name, value in one_by_one.items())
 
 
