@@ -15,6 +15,10 @@ class UsageError(ValueError):
     """The command line, or a file it names, asks for something that cannot be."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user has interrupted a command; the text says how to go on with it."""
+
+
 @contextmanager
 def bad_input() -> Iterator[None]:
     """While what the user gave is being checked and built: its refusals become [`UsageError`]s."""

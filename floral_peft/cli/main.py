@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"floral-peft: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("floral-peft: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"floral-peft: interrupted{interrupt}", file=sys.stderr)
         return 130
     return 0

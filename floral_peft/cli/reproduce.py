@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import shutil
 import time
 import traceback
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from floral_peft.cli.errors import StrictParser, UsageError, bad_input
+from floral_peft.cli.errors import Interrupted, StrictParser, UsageError, bad_input
 from floral_peft.cli.one_run import file_name, new_trainer, train_one, write_settings
 from floral_peft.cli.settings import Settings, read_settings
 from floral_peft.cli.variants import GROUPS, Variant, read_variants
@@ -102,7 +104,7 @@ def reproduce(arguments: Sequence[str]) -> None:
         help="methods, each with settings of its own if need be, such as floral+budget=0.01+optimal_routing or "
         f"floral+num_adaptors=x2 (twice the task's); {' and '.join(GROUPS)} stand for the rows of the paper's tables",
     )
-    parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3], metavar="1,2,3", help="1,2,3 by default")
+    parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3], metavar="1,2,3", help="1-3 by default")
     parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="runs/reproduce by default")
     parser.add_argument("--list", action="store_true", help="tell the runs and how they stand, and train none")
     parser.add_argument(
@@ -130,6 +132,8 @@ def reproduce(arguments: Sequence[str]) -> None:
             print(f"[{number}/{len(planned)}] {run.name}: ", end="", flush=True)
         try:
             told = _run(run, processes, asked.keep_checkpoints, threads)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(". The same command goes on with it.") from interrupt
         except Exception as error:
             if processes.count > 1 and not isinstance(error, _RefusedError):  # the others may be anywhere
                 raise
@@ -290,4 +294,14 @@ def _names(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(name) for name in _names(text)]
+    """Numbers and ranges of them: 1,2,7-9."""
+    found: list[int] = []
+    for name in _names(text):
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", name)
+        if numbers is None:
+            raise argparse.ArgumentTypeError(f"{name!r} is neither a number nor a range of them, such as 1-3")
+        first, last = numbers.groups()
+        found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"there is no number in {text!r}")
+    return found

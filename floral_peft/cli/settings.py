@@ -5,10 +5,10 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, count
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,9 @@ def read_settings(arguments: Sequence[str], many_tasks: bool = False) -> Setting
     if early.config is not None:
         parser.set_defaults(**_check_yaml(parser, from_file, early.config))
     run, federated, adaptors = parser.dataclasses_from(arguments)
+    named = "output_dir" in from_file or any(re.match("--output[-_]dir", word) for word in arguments)
+    if federated.resume_from_checkpoint and not named:  # of all runs, the last
+        federated = dataclasses.replace(federated, output_dir=_last_folder(f"runs/{task.name}"))
     methods, threads = _methods(run), _threads(run, task)
     data = None if many_tasks and task.data is None else run.data
     return Settings(task.with_data(data), source, data, methods, threads, federated, _floral_config(adaptors))
@@ -238,7 +241,23 @@ def _methods(run: RunArguments) -> list[str]:
 
 def _new_folder(path: str) -> str:
     """The path, numbered where there is something already: no run is lost by starting another."""
-    return next(name for name in chain([path], (f"{path}-{number}" for number in count(2))) if not Path(name).exists())
+    return next(name for name in _numbered(path) if not Path(name).exists())
+
+
+def _last_folder(path: str) -> str:
+    """The last of those that [`_new_folder`] has given.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = list(takewhile(lambda name: Path(name).exists(), _numbered(path)))
+    if not found:
+        raise UsageError(f"resume_from_checkpoint: there is no run in {path}; --output_dir says where it is.")
+    return found[-1]
+
+
+def _numbered(path: str) -> Iterator[str]:
+    return chain([path], (f"{path}-{number}" for number in count(2)))
 
 
 def _threads(run: RunArguments, task: Task) -> int | None:

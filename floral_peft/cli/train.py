@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from floral_peft.cli.errors import bad_input
+from floral_peft.cli.errors import Interrupted, bad_input
 from floral_peft.cli.one_run import DPI, new_trainer, train_one
 from floral_peft.cli.settings import Settings, read_settings
 from floral_peft.federated import FederatedDataset, FederatedTrainer
+from floral_peft.federated.checkpoint import checkpoint_rounds
 from floral_peft.reports import common_metric, comparison, plot_curves, read_run
 
 
@@ -29,8 +31,11 @@ def train(arguments: Sequence[str]) -> None:
         written: dict[str, Path] = {}
         for method, trainer in trainers.items():
             if is_main:
-                print(f"\nTraining {method}", flush=True)
-            files = train_one(trainer, settings)
+                print(f"\nTraining {method} in {trainer.output_dir}", flush=True)
+            try:
+                files = train_one(trainer, settings)
+            except KeyboardInterrupt as interrupt:
+                raise Interrupted(_how_to_go_on(arguments, trainers.values())) from interrupt
             written |= {f"{method} {what}": path for what, path in files.items()}
         if not is_main:
             return
@@ -45,6 +50,15 @@ def train(arguments: Sequence[str]) -> None:
             print(f"{run.method}'s routers against the true clusters: adjusted Rand index {index:.2f}\n")
     width = max(map(len, written))
     print("\n".join(f"{what:<{width}}   {path}" for what, path in written.items()))
+
+
+def _how_to_go_on(arguments: Sequence[str], trainers: Iterable[FederatedTrainer]) -> str:
+    """What an interrupted user is told. Flags that come twice count as the last of them says."""
+    folders = [trainer.output_dir for trainer in trainers]
+    if not any(map(checkpoint_rounds, folders)):
+        return ", and there is no checkpoint to go on from: --save_steps N makes one every N rounds."
+    flags = ["--output_dir", str(folders[0].parent), "--resume_from_checkpoint", "true"]
+    return f". Go on with it: {shlex.join(['floral-peft', 'train', *arguments, *flags])}"
 
 
 def build_trainer(settings: Settings, method: str, clients: FederatedDataset) -> FederatedTrainer:

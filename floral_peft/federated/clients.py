@@ -33,6 +33,7 @@ from floral_peft.federated.workplace import Workplace
 
 logger = logging.getLogger(__name__)
 
+
 class Clients:
     """The clients of one trainer.
 

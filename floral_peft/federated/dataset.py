@@ -380,6 +380,8 @@ def _by_column(splits: Sequence[Dataset], column: str) -> tuple[list[ClientId], 
     """The values of a column in several splits, and in each of them the position of each row's value among these."""
     columns = [split.data.column(column) for split in splits]
     kind = columns[0].type
+    if pa.types.is_nested(kind):
+        raise TypeError(f"column={column!r} holds {kind}: a client's id is a string or an int.")
     if any(other.type != kind for other in columns):
         raise TypeError(f"column={column!r} must have one type, not {[str(other.type) for other in columns]}.")
     firsts = np.cumsum([0, *map(len, columns)])

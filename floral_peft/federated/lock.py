@@ -31,7 +31,10 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         OutputDirInUseError: Another trainer has it.
+        NotADirectoryError: It is a file, or inside one.
     """
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise NotADirectoryError(f"output_dir={str(folder)!r}: {str(file)!r} is a file. Choose another output_dir.")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME

@@ -140,7 +140,9 @@ def register_method(kind: type[Method]) -> type[Method]:
 
     Raises:
         ValueError: Another class has the name.
+        TypeError: It has none.
     """
+    _check_named(kind)
     if _METHODS.setdefault(kind.name, kind) is not kind:
         raise ValueError(f'a method called "{kind.name}" is registered already: {_METHODS[kind.name].__qualname__}.')
     return kind
@@ -151,9 +153,10 @@ def get_method(method: str | Method) -> Method:
 
     Raises:
         ValueError: No method has the name.
-        TypeError: `method` is neither a name nor a `Method`.
+        TypeError: `method` is neither a name nor a `Method` that has one.
     """
     if isinstance(method, Method):
+        _check_named(type(method))
         return method
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a Method instance, got {method!r}.")
@@ -162,6 +165,11 @@ def get_method(method: str | Method) -> Method:
         hint = f' Did you mean "{near[0]}"?' if near else ""
         raise ValueError(f'method="{method}" must be one of {", ".join(method_names())}.{hint}')
     return _METHODS[method]()
+
+
+def _check_named(kind: type[Method]) -> None:
+    if not isinstance(getattr(kind, "name", None), str):
+        raise TypeError(f'{kind.__qualname__} has no name: give the class one, name = "...".')
 
 
 def method_names() -> list[str]:

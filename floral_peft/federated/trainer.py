@@ -218,6 +218,7 @@ class FederatedTrainer(Publishing, Personalizing):
 
         Raises:
             CheckpointError: There is no such checkpoint, it does not load, or one cannot be written.
+            NotADirectoryError: `output_dir` is a file, or inside one.
             OutputDirInUseError: Another trainer is training in `output_dir`.
             StoreError: The clients' private state is damaged, or cannot be written.
             TooFewClientsError: In some round fewer than `min_clients` updates arrived.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from floral_peft.tuner.fitting import evidence, model_loss, posterior
 from floral_peft.tuner.pure import PureModels
 from floral_peft.tuner.router import Client, Router
+
+
+logger = logging.getLogger(__name__)
 
 
 class Clients:
@@ -38,6 +42,8 @@ class Clients:
             if client is not None:
                 self._check_not_merged("choose clients by `client_ids`")
                 rows = self.router.rows(client)
+        if rows is None and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._note_unchosen("a training pass uses")
         self.router.begin_forward(rows)
         return args, kwargs
 
@@ -59,16 +65,18 @@ class Clients:
         rows = self.router.rows(client)
         self._check_not_merged("choose another client")
         self.router.select(rows)
+        self.router.chosen = True
 
     @contextmanager
     def client(self, client: Client) -> Iterator[None]:
         """`set_client` for the length of a `with` block."""
-        before = self.router.client
+        before, chosen = self.router.client, self.router.chosen
         self.set_client(client)
         try:
             yield
         finally:
             self.router.select(before)
+            self.router.chosen = chosen
 
     def mixture(self, client: Client | None = None) -> Tensor:
         """A client's weights of the C adaptors (the first active adapter's), without noise.
@@ -191,7 +199,7 @@ class Clients:
         ):
             self.load_router_state_dict({"logits": logits}, client)
             return self._one_row(client)
-        before = self.router.client
+        before, chosen = self.router.client, self.router.chosen
         nobodys = config.num_clients is None and names is None  # a single router that belongs to no client
         rows = [*([] if nobodys else table), logits.to(table)]
         known: list[Any] = [] if nobodys else list(range(len(table))) if names is None else list(names)
@@ -199,6 +207,7 @@ class Clients:
         self.set_routers(torch.stack(rows), None if numbered else [*known, client])
         if not nobodys:
             self.router.select(before)
+            self.router.chosen = chosen
         return len(rows) - 1
 
     def _one_row(self, client: int | str | None) -> int:
@@ -206,6 +215,17 @@ class Clients:
         if len(rows) != 1:
             raise ValueError(f"{len(rows)} clients are selected; name the one whose router is meant: client=...")
         return int(rows)
+
+    def _note_unchosen(self, what: str) -> None:
+        """Say, once, that of several clients nobody has chosen one, so that it is the first."""
+        if self.router.chosen or not self.router.several:
+            return
+        self.router.chosen = True
+        logger.warning(
+            "no client has been chosen: %s the first router of the table. Call model.set_client(...), or give each "
+            "batch its client_ids (with transformers' Trainer, remove_unused_columns=False keeps them).",
+            what,
+        )
 
     def _check_not_merged(self, intent: str) -> None:
         """Raise where no other client can be chosen, because one's mixture is merged into the weights."""

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from floral_peft.tuner.card import adapter_data, write_card
 from floral_peft.tuner.ensemble import Ensemble
@@ -64,7 +65,7 @@ def export_client(
 
     Raises:
         ValueError: No such client, a mixture is merged into the weights, or what was asked for cannot hold the
-            client's model; the message names the layer and what can.
+            client's model (the message names the layer and what can), or the folder holds an export of another kind.
     """
     if kind not in get_args(ExportKind):
         raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, get_args(ExportKind)))}.")
@@ -75,6 +76,8 @@ def export_client(
     if not isinstance(model, Ensemble) and not any(isinstance(module, FloralLayer) for module in model.modules()):
         raise ValueError("the model has no FLORAL adaptors, so there is no client's mixture to export.")
     held: Any = model
+    if client is None:
+        held._note_unchosen("the export takes")
     with nullcontext() if client is None else held.client(client):
         if isinstance(model, Ensemble):
             return _export_member(model, Path(folder), kind)
@@ -91,12 +94,24 @@ def _export_merged(model: Any, folder: Path) -> Exported:
             'both: export a LoRA (kind="lora"), or untie them before training.'
         )
     base = model.get_base_model()
-    save_plain(base, folder, plain_state(base))
+    state = plain_state(base)
+    _check_free(folder, CONFIG_NAME)
+    save_plain(base, folder, state)
     return Exported("merged", {})
+
+
+def _check_free(folder: Path, *others: str) -> None:
+    """Refuse a folder with an export of the other kind, beside which nobody could tell what to load."""
+    for name in others:
+        if (folder / name).exists():
+            raise ValueError(
+                f"{str(folder)!r} holds an export of the other kind ({name}): choose another folder, or delete it."
+            )
 
 
 def _export_lora(model: Any, folder: Path, rank: int | None) -> Exported:
     base, lora = model.get_base_model(), to_lora(model, rank)
+    _check_free(folder, WEIGHTS, SAFE_WEIGHTS_INDEX_NAME)
     folder.mkdir(parents=True, exist_ok=True)
     if base_trains(model):
         save_plain(base, folder / BASE, plain_state(base, mixed=False))
@@ -127,5 +142,6 @@ def _export_member(model: Ensemble, folder: Path, kind: ExportKind) -> Exported:
             + (": a client can be exported, merged, only if it uses one of them alone" if kind != "lora" else "")
             + ". Export a model with FLORAL adaptors instead."
         )
+    _check_free(folder, CONFIG_NAME)
     save_plain(model.members[used[0]], folder)
     return Exported("merged", {})

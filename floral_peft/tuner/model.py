@@ -237,6 +237,7 @@ class FloralModel(Clients, Shrinking, BaseTuner):
                 "adapter unmerged."
             )
         super()._check_merge_allowed()
+        self._note_unchosen("merging takes")
 
     @override
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:

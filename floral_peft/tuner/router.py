@@ -36,6 +36,8 @@ class Router(nn.Module):
     Attributes:
         logits: adapter name → table of shape (K, L, C): K clients (one row if the adapter has a single router), L = 1,
             or one per target layer with `router_per_layer`, C adaptors.
+        several: whether any adapter has routers of several clients.
+        chosen: whether somebody has chosen among them; else the first is used.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class Router(nn.Module):
         self.register_buffer("client", torch.zeros(1, dtype=torch.long), persistent=False)
         self.selection = Selection(self.client)
         self.recomputation = Recomputation[Selection]()
-        self._several = False
+        self.several = self.chosen = False
         self._pass: dict[Any, Tensor] | None = None  # what a forward pass has computed so far
         self._outer: list[tuple[dict[Any, Tensor] | None, Selection, Seen]] = []  # passes around the one at hand
 
@@ -69,7 +71,7 @@ class Router(nn.Module):
         # a client must be in all tables but those of one row, which serve everybody
         tables = [name for name in self.active_adapters if len(self.logits[name]) > 1] or self.active_adapters
         self.narrowest = min(tables, key=lambda name: len(self.logits[name]), default="")
-        self._several = any(len(table) > 1 for table in self.logits.values())
+        self.several = any(len(table) > 1 for table in self.logits.values())
         if self.narrowest and int(self.client.max()) >= len(self.logits[self.narrowest]):
             self.select(self.client.new_zeros(1))
 
@@ -99,6 +101,7 @@ class Router(nn.Module):
         self.settings[adapter_name].name_rows(names)
         self.set_active(self.active_adapters)
         self.select(self.client.new_zeros(1))
+        self.chosen = False
 
     def keep_adaptors(self, adapter_name: str, kept: Tensor) -> None:
         """Forget the logits of all but some adaptors: each mixture is that of those left, again with sum 1.
@@ -210,7 +213,7 @@ class Router(nn.Module):
 
     def end_forward(self, output: Any) -> None:
         """A forward pass ends: remember its selection for a later recomputation, and return to what was before."""
-        if not torch.compiler.is_compiling() and (self._several or self.selection.noise):
+        if not torch.compiler.is_compiling() and (self.several or self.selection.noise):
             self.recomputation.remember(output, self.selection)  # else every pass has the same state
         if self._outer:
             self._pass, self.selection, self.recomputation.seen = self._outer.pop()

@@ -46,6 +46,14 @@ def test_a_label_can_name_the_clients_and_is_kept() -> None:
     assert "label" in FederatedDataset.from_column(rows(), "label")[2]["train"].column_names
 
 
+def test_a_column_of_lists_names_no_clients() -> None:
+    data = Dataset.from_dict({"x": [1, 2], "client": [[0], [1]]})
+    with pytest.raises(
+        TypeError, match="column='client' holds list<item: int64>: a client's id is a string or an int"
+    ):
+        FederatedDataset.from_column(data, "client")
+
+
 def test_a_column_of_two_splits_gives_clients_of_either() -> None:
     both = DatasetDict(train=rows(4), test=rows(12).select([0, 5, 2]))
     both["test"] = both["test"].map(lambda example: {"speaker": "late" if example["row"] == 2 else example["speaker"]})

@@ -342,6 +342,14 @@ def test_a_second_trainer_in_the_folder_is_refused_while_the_first_trains(tmp_pa
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+@pytest.mark.parametrize("below", [(), ("run",)])
+def test_an_output_dir_that_is_a_file_or_in_one_is_refused_by_name(tmp_path: Path, below: tuple[str, ...]) -> None:
+    (file := tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"output_dir=.*notes.txt' is a file\. Choose another"):
+        trainer(file.joinpath(*below)).train()
+    assert file.read_text() == "mine"
+
+
 def test_the_lock_goes_with_its_holder_however_that_dies(tmp_path: Path) -> None:
     script = (
         "import runpy, sys, time\n"

@@ -136,6 +136,17 @@ def test_two_methods_cannot_have_one_name() -> None:
         register_method(Other)
 
 
+@pytest.mark.usefixtures("_own_registry")
+def test_a_method_without_a_name_is_told_to_have_one() -> None:
+    class Nameless(Method):
+        def group(self, name: str, role: Role) -> Group:
+            return "shared"
+
+    for use in (lambda: register_method(Nameless), lambda: get_method(Nameless())):
+        with pytest.raises(TypeError, match="Nameless has no name: give the class one"):
+            use()
+
+
 def test_a_parameter_of_which_no_one_speaks_is_untouched() -> None:
     class OnlyHead(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -14,6 +15,8 @@ from matplotlib.image import imread
 from floral_peft.cli import main
 from floral_peft.cli.settings import read_settings
 from floral_peft.cli.train import build_trainer
+from floral_peft.federated import FederatedTrainer, ServerState
+from floral_peft.federated.rounds import RoundReport
 
 
 SHORT = ["--rounds", "2", "--clients_per_round", "5", "--eval_steps", "1", "--disable_tqdm"]
@@ -61,7 +64,7 @@ def test_training_prints_the_comparison_and_where_everything_is(run_and_words: t
     for words in ("mean over", "worst 10 %", "gained", "lost", "adjusted Rand index"):
         assert words in printed
     paths = [line.split()[-1] for line in printed.splitlines() if str(folder) in line]
-    assert len(paths) == 10
+    assert len(paths) == 12
     assert all(Path(path).exists() for path in paths)
 
 
@@ -85,6 +88,34 @@ def test_training_goes_on_from_its_checkpoints(trained: Path, tmp_path: Path) ->
     assert main(words) == 2
     assert main([*words, "--resume_from_checkpoint", "true"]) == 0
     assert accuracies(tmp_path / "fedavg")[-1] == accuracies(trained / "fedavg")[-1]
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["with a checkpoint", "without any"])
+def test_an_interrupted_training_says_how_to_go_on(
+    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--rounds", "3", "--clients_per_round", "5", "--baselines", "none", "--disable_tqdm"]
+    words += ["--save_steps", "1"] if saved else []
+    end_round = FederatedTrainer._end_round
+
+    def interrupted(self: FederatedTrainer, server: ServerState, report: RoundReport) -> None:
+        end_round(self, server, report)
+        if report.round == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FederatedTrainer, "_end_round", interrupted)
+        assert main(words) == 130
+    told = capsys.readouterr().err
+    if not saved:
+        assert "interrupted, and there is no checkpoint to go on from: --save_steps N makes one" in told
+        return
+    again = shlex.split(told.partition("Go on with it: floral-peft ")[2])
+    assert again == [*words, "--output_dir", "runs/digits", "--resume_from_checkpoint", "true"]
+    assert main(again) == 0
+    records = (tmp_path / "runs/digits/floral/records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in records] == [1, 2, 3, 3]  # three rounds and an evaluation
 
 
 def test_the_report_tells_what_training_told(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

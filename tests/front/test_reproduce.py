@@ -46,7 +46,7 @@ def fails_at(call: int, error: BaseException, only: str | None = None) -> Callab
 def test_every_run_has_a_folder_and_the_table_has_every_method(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert reproduce(tmp_path, "fedavg,floral+num_adaptors=x0.5", seeds="1,2") == 0
+    assert reproduce(tmp_path, "fedavg,floral+num_adaptors=x0.5", seeds="1-2") == 0
     printed = capsys.readouterr().out
     assert "[4/4] digits, floral+num_adaptors=x0.5, seed 2" in printed
     assert [line.split("|")[1].strip() for line in printed.splitlines() if "±" in line and "|" in line] == [
@@ -155,7 +155,8 @@ def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path, capsys:
         (["--methods", "floral+conv_split=x2"], "conv_split='balanced_2d' is no number"),
         (["--seed", "3"], "--seed is not for reproduce: give --seeds."),
         (["--ruonds", "3"], "did you mean 'rounds'?"),
-        (["--seeds", "one"], "--seeds"),
+        (["--seeds", "one"], "'one' is neither a number nor a range of them, such as 1-3"),
+        (["--seeds", "3-1"], "there is no number in '3-1'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(

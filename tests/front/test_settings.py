@@ -42,6 +42,18 @@ def test_a_run_without_a_named_folder_gets_a_new_one(tmp_path: Path, monkeypatch
     assert read_settings(["--output_dir", "runs/digits"]).federated.output_dir == "runs/digits"
 
 
+def test_a_resumed_run_without_a_named_folder_is_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    resumed = ["--resume_from_checkpoint", "true"]
+    with pytest.raises(UsageError, match="there is no run in runs/digits; --output_dir says where it is"):
+        read_settings(resumed)
+    for name in ("digits", "digits-2", "digits-4"):  # the last one is not in the row
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert read_settings(resumed).federated.output_dir == "runs/digits-2"
+    assert read_settings([*resumed, "--output-dir=runs/digits-3"]).federated.output_dir == "runs/digits-3"
+    assert read_settings([]).federated.output_dir == "runs/digits-3"
+
+
 def test_the_task_s_settings_yield_to_the_file_s_and_those_to_the_flags(tmp_path: Path) -> None:
     task = get_task("digits").settings
     file = config(tmp_path, "rounds: 7\nlearning_rate: 0.25\nnum_adaptors: 6\nr: 3\n")

@@ -372,6 +372,17 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(tmp_path: Path) -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("first, second", [("merged", "lora"), ("lora", "merged")])
+def test_two_kinds_of_export_do_not_share_a_folder(tmp_path: Path, first: Any, second: Any) -> None:
+    model = adapted(conv_net())
+    export_client(model, tmp_path, client=1, kind=first)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds an export of the other kind.*choose another folder"):
+        export_client(model, tmp_path, client=1, kind=second)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    export_client(model, tmp_path, client=2, kind=first)  # one of the same kind takes its place
+
+
 def test_a_quantised_layer_can_be_a_lora_but_not_merged(tmp_path: Path) -> None:
     base, x = linear_net(), torch.randn(4, 6)
     model = adapted(base)

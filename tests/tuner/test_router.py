@@ -50,6 +50,35 @@ def test_client_returns_to_whom_it_found_even_after_an_error() -> None:
     torch.testing.assert_close(model.mixture(), model.mixture(1))
 
 
+def test_who_trains_or_merges_without_having_chosen_a_client_is_told_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model(X)
+    model.eval()(X)
+    model.train()(X, client_ids=[0, 1, 2, 3])
+    with model.client(2):
+        model(X)
+    assert not caplog.records
+    model(X)
+    model(X)
+    model.merge_adapter()
+    (told,) = caplog.messages
+    assert told.startswith("no client has been chosen: a training pass uses the first router of the table.")
+    caplog.clear()
+    adapted().merge_adapter()
+    assert "merging takes the first router" in caplog.text
+
+
+def test_nobody_is_told_who_has_chosen_a_client_or_has_but_one(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    model.set_client(0)
+    model.fit_router([{"input": X}], client=9, loss=lambda batch: model(batch["input"]).square().mean())
+    model(X)
+    model.merge_adapter()
+    adapted(num_clients=None)(X)
+    assert not caplog.records
+
+
 def test_client_ids_hold_for_one_call() -> None:
     model = adapted()
     alone = model(X)
