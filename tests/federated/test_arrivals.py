@@ -182,7 +182,7 @@ def test_in_turn_clients_share_a_look_but_no_pass_and_find_the_same_bits(
     tmp_path: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(folder: str) -> dict[str, Tensor]:
-        run = trainer(tmp_path / folder, model=started(), rounds=3, cohort="loop", **POSTERIOR)
+        run = trainer(tmp_path / folder, model=started(), rounds=3, cohort="loop", local_epochs=2, **POSTERIOR)
         run.train()
         return tensors(run.model)
 

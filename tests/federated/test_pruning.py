@@ -195,7 +195,7 @@ def test_nothing_is_removed_unasked(tmp_path: Path) -> None:
     args = trainer(tmp_path, model=started(), router_update="posterior", prune_adaptors=False).args
     usage = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
     pairs = {"losses": torch.ones(4, 4, dtype=torch.float64), "squares": torch.zeros(4, 4, dtype=torch.float64)}
-    memory = {"usage": usage, "switches": torch.zeros(1), **pairs}
+    memory = {"usage": usage, "switches": torch.zeros(1), "visits": usage.sum().view(1), **pairs}
     assert Posterior(args).prune(memory, 15) == []
     assert len(Posterior(replace(args, prune_adaptors=True)).prune(memory, 15)) == 3
 
@@ -211,16 +211,26 @@ def test_one_user_proves_nothing(tmp_path: Path) -> None:
             "usage": usage,
             "losses": means * users / (1 - schedule.server_decay(1.0)),
             "switches": torch.zeros(1),
+            "visits": usage.sum().view(1),
         }
         memory["squares"] = (means**2 + 0.09) * usage[:, None]  # clients differ by 0.3
         gone.append([drop.adaptor for drop in Posterior(args).prune(memory, 15)])
     assert gone == [[], [2]]
 
 
+def test_clients_that_look_at_every_second_visit_prove_as_much(tmp_path: Path) -> None:
+    update = Posterior(trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args)
+    squares, usage = torch.full((3, 3), 8.0), torch.full((3,), 20.0)
+    always = update._errors({"usage": usage, "squares": squares, "visits": torch.tensor([60.0])})
+    half = update._errors({"usage": usage / 2, "squares": squares / 2, "visits": torch.tensor([60.0])})
+    assert torch.allclose(always, half)
+
+
 def test_a_change_from_an_adaptor_to_its_duplicate_is_none(tmp_path: Path) -> None:
     args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
     means = torch.tensor([[0, 2, 2], [2, 0, 0.1], [2, 0.1, 0]], dtype=torch.float64)
     memory = {"usage": torch.full((3,), 90.0), "losses": 90 * means, "squares": torch.zeros(3, 3)}
+    memory["visits"] = torch.tensor([270.0])
     alike = [[Posterior(args)._alike(one, other, memory) for other in range(3)] for one in range(3)]
     assert alike == [[True, False, False], [False, True, True], [False, True, True]]
     memory["squares"] += 90 * 90.0  # too uncertain to tell
@@ -236,7 +246,8 @@ def test_while_the_search_goes_on_and_clients_change_adaptors_none_is_removed(
 ) -> None:
     args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
     memory = {"usage": USAGE[:4], "losses": losses_of([row[:4] for row in MEANS[:4]])}
-    memory |= {"switches": switches / 50 * memory["usage"].sum().view(1), "squares": torch.zeros(4, 4)}
+    visits = memory["usage"].sum().view(1)
+    memory |= {"switches": switches / 50 * visits, "visits": visits, "squares": torch.zeros(4, 4)}
     assert [drop.why for drop in Posterior(args).prune(memory, round)] == gone
 
 
@@ -245,6 +256,7 @@ def test_soon_after_a_compression_none_is_removed(tmp_path: Path, round: int, go
     args = trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args
     memory = {"usage": USAGE[:4], "losses": losses_of([row[:4] for row in MEANS[:4]])}
     memory |= {"switches": torch.zeros(1), "squares": torch.zeros(4, 4), "searched": torch.tensor([40.0])}
+    memory["visits"] = memory["usage"].sum().view(1)
     assert [drop.why for drop in Posterior(args).prune(memory, round)] == gone
 
 

@@ -76,8 +76,11 @@ def test_every_adaptor_is_dealt_out_to_as_many_clients(tmp_path: Path) -> None:
 
 
 def two_rounds(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """A run over two rounds of four in which nothing is learned, and what the server remembers."""
-    run = trainer(folder, model=started(), learning_rate=0.0, rounds=4, save_steps=2, **POSTERIOR)
+    """A run over two rounds of four in which nothing is learned, and what the server remembers.
+
+    With two epochs, looking under two adaptors costs no more than a third of training: clients look at each visit.
+    """
+    run = trainer(folder, model=started(), learning_rate=0.0, local_epochs=2, rounds=4, save_steps=2, **POSTERIOR)
     run.callback_handler.add_callback(StopAfter(2))
     run.train()
     memory = json.loads((folder / "checkpoint-2/server/state.json").read_bytes())["routing"]
@@ -107,6 +110,7 @@ def expected(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             memory["optimism"] += (mixture * (told - seen.double())).sum()
             moved = not run._update._alike(int(before.argmax()), int(after.argmax()), known)
             memory["switches"] += round * float(moved)
+            memory["visits"] += 1
             theta[client_id] = after - after.max()
     return theta, memory
 
@@ -128,7 +132,7 @@ def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path) -> None:
 def test_the_adaptor_that_a_client_has_trained_is_taken_to_be_worse_than_it_looks(
     tmp_path: Path, loss: float, leaves: bool
 ) -> None:
-    run = trainer(tmp_path, model=started(), router_update="posterior")
+    run = trainer(tmp_path, model=started(), local_epochs=2, router_update="posterior")
     memory = {"usage": torch.ones(2), "optimism": torch.tensor([2 * loss])}
     state = ServerState.of(run.model, run._groups, run._update.start(2) | memory)
     with run._visit():
@@ -140,6 +144,50 @@ def test_the_adaptor_that_a_client_has_trained_is_taken_to_be_worse_than_it_look
         turn.private = {**private, run._routers.name: logits}
         kept = int(run._arrivals(turn).kept[run._routers.name].argmax())
     assert (kept != best) is leaves
+
+
+def test_where_looking_is_dear_clients_look_at_every_second_visit_and_keep_their_routers_at_the_others(
+    tmp_path: Path,
+) -> None:
+    run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=4, **POSTERIOR)  # one epoch, two adaptors
+    memory = run._update.start(2) | {"usage": torch.tensor([3.0, 1.0])}
+    state = ServerState.of(run.model, run._groups, memory)
+    zeros = run._update.start(2)
+    looked: list[list[bool]] = []
+    with run._visit():
+        for round in range(6):
+            looked.append([])
+            for client_id in run.dataset:
+                private = run._clients.private(client_id)
+                before = torch.tensor([[[0.0, -0.3]]])
+                turn = run._clients.turn(client_id, {**private, run._routers.name: before}, round, state)
+                arrived = run._arrivals(turn)
+                kept, works = arrived.kept[run._routers.name], arrived.private[run._routers.name]
+                looked[-1].append(not torch.equal(kept, before))
+                assert looked[-1][-1] is bool(run._update.examined(turn))
+                assert float(arrived.sums["visits"]) == 1
+                assert float(arrived.sums["usage"].sum()) == pytest.approx(float(looked[-1][-1]))
+                if not looked[-1][-1]:
+                    handicap = balance(memory["usage"], schedule.BALANCE * (1 - round / schedule.BALANCED))
+                    assert torch.allclose(works.softmax(-1), (before - handicap).softmax(-1).float())
+                    assert all(torch.equal(arrived.sums[name], zeros[name]) for name in zeros if name != "visits")
+    assert looked[0] == looked[2] == looked[4] and looked[1] == looked[3] == looked[5]
+    assert looked[1] == [not one for one in looked[0]]
+
+
+@pytest.mark.parametrize(("epochs", "looks"), [(1, 0), (2, 2)])
+def test_whoever_trains_much_or_has_no_router_yet_looks_at_each_visit(tmp_path: Path, epochs: int, looks: int) -> None:
+    run = trainer(tmp_path, model=started(), local_epochs=epochs, **POSTERIOR)
+    state = ServerState.of(run.model, run._groups, run._update.start(2))
+    with run._visit():
+        private = run._clients.private("client 0")
+        rounds = [run._clients.turn("client 0", private, round, state) for round in (0, 1)]
+        assert all(run._update.examined(turn) for turn in rounds)
+        chosen = {**private, run._routers.name: torch.tensor([[[0.0, -9.0]]])}
+        rounds = [run._clients.turn("client 0", chosen, round, state) for round in (0, 1)]
+        assert sum(bool(run._update.examined(turn)) for turn in rounds) == max(1, looks)
+        evaluated = [run._clients.turn("client 0", chosen, round) for round in (0, 1)]
+        assert all(run._update.examined(turn) for turn in evaluated)
 
 
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (29, 2), (200, 10)])

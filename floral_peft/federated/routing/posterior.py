@@ -44,10 +44,13 @@ class Posterior(RouterUpdate):
     trained looks better than it is. How much better, on average over the clients, is added to that adaptor's loss:
     few clients would otherwise stay for ever with what each has trained alone.
 
-    The server learns, beside the aggregate, five sums over the cohort: the usage Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on
-    the examples kept back, the squares of their differences Σ_k π_ka (f̃_kb − f̃_ka)², by how much all losses are
-    higher there than on the others, and how many clients' best adaptor has changed for one that is no duplicate of it.
-    It remembers them with a fading memory, the first three as U, N and S. By these it removes adaptors: see [`prune`].
+    Where looking is dear, a client looks at every second of its visits, and keeps its router at the others.
+
+    The server learns, beside the aggregate, six sums over the cohort. Five are over the clients that look: the usage
+    Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on the examples kept back, the squares of their differences
+    Σ_k π_ka (f̃_kb − f̃_ka)², by how much all losses are higher there than on the others, and how many clients' best
+    adaptor has changed for one that is no duplicate of it. The last is how many have come, be it to look or not. It
+    remembers them with a fading memory, the first three as U, N and S. By these it removes adaptors: see [`prune`].
     """
 
     name = "posterior"
@@ -95,13 +98,14 @@ class Posterior(RouterUpdate):
         return self._arrive
 
     def examined(self, turn: Turn) -> list[Tensor]:
-        """Those it does not train on for now, if there are any, and some of the others."""
-        return self._examined(*self._split(turn), turn)
+        """Those it does not train on for now, if there are any, and some of the others; none if it does not look."""
+        rows = self._examined(*self._split(turn), turn)
+        return rows if self._looks(rows, turn) else []
 
     def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
-        """Usage (C,); losses (C, C), of the users of a under b, and squared differences; two counts (1,)."""
+        """Usage (C,); losses (C, C), of the users of a under b, and squared differences; three numbers (1,)."""
         each, pairs, one = torch.Size([num_adaptors]), torch.Size([num_adaptors, num_adaptors]), torch.Size([1])
-        return {"usage": each, "losses": pairs, "squares": pairs, "optimism": one, "switches": one}
+        return {"usage": each, "losses": pairs, "squares": pairs, "optimism": one, "switches": one, "visits": one}
 
     def start(self, num_adaptors: int) -> dict[str, Tensor]:
         """Sums that are zero."""
@@ -169,7 +173,8 @@ class Posterior(RouterUpdate):
         √(mean square / users): standard errors, but for a mean that is taken for 0. So one user proves nothing.
         """
         fading = 1 - schedule.server_decay(self._pace)
-        users = (memory["usage"] * fading / self.sampled).clamp(min=1e-9)
+        seldom = memory["visits"] / memory["usage"].sum().clamp(min=1e-9)  # visits for one at which a client looks
+        users = (memory["usage"] * fading * seldom / self.sampled).clamp(min=1e-9)
         means = memory["squares"] / memory["usage"].clamp(min=1e-9).unsqueeze(1)
         return schedule.CAUTION * (means / users.unsqueeze(1)).sqrt()
 
@@ -189,9 +194,14 @@ class Posterior(RouterUpdate):
             return Arrived(turn.private)
         routers, done = turn.routers, turn.round * self._pace  # in participations
         held_out, others = self._split(turn)
-        *unseen, losses = turn.pure_losses_of(self._examined(held_out, others, turn))
-        seen = as_log_likelihoods(losses, turn)
+        examined = self._examined(held_out, others, turn)
+        trains_on = turn.examples.select(others) if len(held_out) else turn.examples
         before = turn.private[routers.name]  # (1, L, C)
+        if not self._looks(examined, turn):
+            nothing = {**self.start(before.shape[-1]), "visits": torch.ones(1, dtype=torch.float64)}
+            return Arrived(turn.with_logits(self._working(before, turn)), {routers.name: before}, nothing, trains_on)
+        *unseen, losses = turn.pure_losses_of(examined)
+        seen = as_log_likelihoods(losses, turn)
         chosen = _chooses(before)
         losses = seen
         if chosen and len(held_out):
@@ -204,10 +214,7 @@ class Posterior(RouterUpdate):
         kept = kept - kept.amax(dim=-1, keepdim=True)
         if not turn.training:
             return Arrived(turn.with_logits(kept))
-        handicap = balance(turn.memory["usage"], schedule.BALANCE * max(0.0, 1.0 - done / schedule.BALANCED))
-        working = routers.less(kept, handicap)
-        if self.args.optimizer.lower() == "sgd":  # by others' steps traces train those adaptors that nobody else does
-            working = routers.without_traces(working, schedule.LEAST_SHARE)
+        working = self._working(kept, turn)
         moved = chosen and not self._alike(_best(before), _best(kept), turn.memory)
         mixture = routers.mixture_of(working).double()
         told = (as_log_likelihoods(unseen[0], turn) if unseen else seen).double()
@@ -217,9 +224,26 @@ class Posterior(RouterUpdate):
             "squares": mixture.unsqueeze(1) * (told - told.unsqueeze(1)).square(),
             "optimism": mixture.dot(told - seen.double()).view(1),
             "switches": torch.tensor([float(moved)], dtype=torch.float64),
+            "visits": torch.ones(1, dtype=torch.float64),
         }
-        trains_on = turn.examples.select(others) if len(held_out) else turn.examples
         return Arrived(turn.with_logits(working), {routers.name: kept}, sums, trains_on)
+
+    def _working(self, kept: Tensor, turn: Turn) -> Tensor:
+        """The router under which a client trains, of the one that it keeps."""
+        left = max(0.0, 1.0 - turn.round * self._pace / schedule.BALANCED)
+        working = turn.routers.less(kept, balance(turn.memory["usage"], schedule.BALANCE * left))
+        if self.args.optimizer.lower() == "sgd":  # by others' steps traces train those adaptors that nobody else does
+            working = turn.routers.without_traces(working, schedule.LEAST_SHARE)
+        return working
+
+    def _looks(self, examined: Sequence[Tensor], turn: Turn) -> bool:
+        """Whether a client looks for its adaptor at this visit, or keeps the one that it has found."""
+        before = turn.private[turn.routers.name]
+        if not turn.training or not _chooses(before):
+            return True
+        if sum(map(len, examined)) * before.shape[-1] <= self._trained(turn.num_examples):
+            return True
+        return (turn.round + derive_seed(self.args.seed, "looks", turn.client_id)) % schedule.LOOKED_EVERY == 0
 
     def _split(self, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rows of the examples that it does not train on for now, and of the others."""
@@ -234,14 +258,17 @@ class Posterior(RouterUpdate):
         """So many examples as losses are looked at on, other ones each round."""
         most = schedule.EVIDENCE_EXAMPLES
         if turn.training:
-            steps, epochs = self.args.local_steps, self.args.local_epochs
-            trained = steps * self.args.per_device_train_batch_size if steps else epochs * len(rows)
-            most = schedule.evidence_examples(trained, turn.private[turn.routers.name].shape[-1])
+            most = schedule.evidence_examples(self._trained(len(rows)), turn.private[turn.routers.name].shape[-1])
         if len(rows) <= most:
             return rows
         seed = derive_seed(self.args.seed, "evidence", turn.round, turn.client_id)
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         return rows[drawn[:most]].sort().values
+
+    def _trained(self, held: int) -> int:
+        """On how many examples a client trains in a round that holds so many, each as often as it comes."""
+        steps = self.args.local_steps
+        return steps * self.args.per_device_train_batch_size if steps else self.args.local_epochs * held
 
     def _given(self, like: Tensor, adaptor: int, turn: Turn) -> Tensor:
         """A router that is all but one-hot."""

@@ -59,6 +59,8 @@ RECOVERED = 10.0
 #: Losses are looked at on so many of a client's examples at most, and in a round on no fewer than these.
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32
+#: If that costs more than a third of what training costs, a client looks at every second of its visits only.
+LOOKED_EVERY = 2
 
 
 def pace(sampled: float, rounds: int) -> float:
