@@ -175,9 +175,11 @@ def test_where_looking_is_dear_clients_look_at_every_second_visit_and_keep_their
     assert looked[1] == [not one for one in looked[0]]
 
 
-@pytest.mark.parametrize(("epochs", "looks"), [(1, 0), (2, 2)])
-def test_whoever_trains_much_or_has_no_router_yet_looks_at_each_visit(tmp_path: Path, epochs: int, looks: int) -> None:
-    run = trainer(tmp_path, model=started(), local_epochs=epochs, **POSTERIOR)
+@pytest.mark.parametrize(("settings", "looks"), [({}, 1), ({"local_epochs": 2}, 2), ({"optimizer": "adamw"}, 2)])
+def test_whoever_trains_much_or_by_adamw_or_has_no_router_yet_looks_at_each_visit(
+    tmp_path: Path, settings: dict[str, Any], looks: int
+) -> None:
+    run = trainer(tmp_path, model=started(), **settings, **POSTERIOR)
     state = ServerState.of(run.model, run._groups, run._update.start(2))
     with run._visit():
         private = run._clients.private("client 0")
@@ -185,7 +187,7 @@ def test_whoever_trains_much_or_has_no_router_yet_looks_at_each_visit(tmp_path: 
         assert all(run._update.examined(turn) for turn in rounds)
         chosen = {**private, run._routers.name: torch.tensor([[[0.0, -9.0]]])}
         rounds = [run._clients.turn("client 0", chosen, round, state) for round in (0, 1)]
-        assert sum(bool(run._update.examined(turn)) for turn in rounds) == max(1, looks)
+        assert sum(bool(run._update.examined(turn)) for turn in rounds) == looks
         evaluated = [run._clients.turn("client 0", chosen, round) for round in (0, 1)]
         assert all(run._update.examined(turn) for turn in evaluated)
 

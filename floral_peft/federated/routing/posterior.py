@@ -44,7 +44,7 @@ class Posterior(RouterUpdate):
     trained looks better than it is. How much better, on average over the clients, is added to that adaptor's loss:
     few clients would otherwise stay for ever with what each has trained alone.
 
-    Where looking is dear, a client looks at every second of its visits, and keeps its router at the others.
+    By SGD, where looking is dear, a client looks at every second of its visits, and keeps its router at the others.
 
     The server learns, beside the aggregate, six sums over the cohort. Five are over the clients that look: the usage
     Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on the examples kept back, the squares of their differences
@@ -186,6 +186,10 @@ class Posterior(RouterUpdate):
         return min(float(found[one, other]), float(found[other, one])) < LEAST_REGRET
 
     @property
+    def _by_sgd(self) -> bool:
+        return self.args.optimizer.lower() == "sgd"
+
+    @property
     def _pace(self) -> float:
         return schedule.pace(self.sampled, self.args.rounds)
 
@@ -232,14 +236,14 @@ class Posterior(RouterUpdate):
         """The router under which a client trains, of the one that it keeps."""
         left = max(0.0, 1.0 - turn.round * self._pace / schedule.BALANCED)
         working = turn.routers.less(kept, balance(turn.memory["usage"], schedule.BALANCE * left))
-        if self.args.optimizer.lower() == "sgd":  # by others' steps traces train those adaptors that nobody else does
+        if self._by_sgd:  # by others' steps traces train those adaptors that nobody else does
             working = turn.routers.without_traces(working, schedule.LEAST_SHARE)
         return working
 
     def _looks(self, examined: Sequence[Tensor], turn: Turn) -> bool:
         """Whether a client looks for its adaptor at this visit, or keeps the one that it has found."""
         before = turn.private[turn.routers.name]
-        if not turn.training or not _chooses(before):
+        if not turn.training or not _chooses(before) or not self._by_sgd:
             return True
         if sum(map(len, examined)) * before.shape[-1] <= self._trained(turn.num_examples):
             return True

@@ -59,7 +59,8 @@ RECOVERED = 10.0
 #: Losses are looked at on so many of a client's examples at most, and in a round on no fewer than these.
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32
-#: If that costs more than a third of what training costs, a client looks at every second of its visits only.
+#: By SGD, if that costs more than a third of what training costs, a client looks at every second of its visits only.
+#: (By AdamW a client knows its examples by heart after a visit or two, and should not stay where it is for another.)
 LOOKED_EVERY = 2
 
 
