@@ -35,18 +35,21 @@ def new_trainer(
         method: The method's name.
         clients: The task's clients.
         args: How to train, and where.
-        lenient: Take what the method can use of the settings: without a router it has no optimal routing, and without
-            a checkpoint in its folder it starts at round 0. Else what it cannot use is refused.
+        lenient: Take what the method can use of the settings: without a router it has no optimal routing, and where
+            others are resumed it starts anew if its folder holds no checkpoint. Else what it cannot use is refused.
     """
     chosen = get_method(method)
     model = settings.task.model_for(chosen, settings.adaptors, args.seed)
     if lenient:
-        resume = args.resume_from_checkpoint and checkpoint_rounds(Path(args.output_dir))
+        begun = bool(checkpoint_rounds(Path(args.output_dir)))
+        resume = args.resume_from_checkpoint and begun
+        cut_off = args.resume_from_checkpoint and not begun  # before its first checkpoint: there is nothing to lose
         args = replace(
             args,
             optimal_routing=args.optimal_routing and has_router(model),
             stateless=args.stateless and has_router(model),
             resume_from_checkpoint="true" if resume else None,
+            overwrite_output_dir=args.overwrite_output_dir or bool(cut_off),
         )
     task = settings.task
     return FederatedTrainer(model, args, clients, chosen, compute_metrics=task.compute_metrics, loss_fn=task.loss_fn)

@@ -24,7 +24,7 @@ from floral_peft.cli.variants import GROUPS, Variant, read_variants
 from floral_peft.federated import OutputDirInUseError
 from floral_peft.federated.checkpoint import checkpoint_rounds, discard_checkpoints
 from floral_peft.federated.identity import differing
-from floral_peft.federated.lock import locked
+from floral_peft.federated.lock import check_folder, locked
 from floral_peft.federated.precision import TrainerAccelerator
 from floral_peft.federated.processes import Message, Processes
 from floral_peft.reports import matrix, read_runs, to_markdown
@@ -112,6 +112,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     )
     asked, rest = parser.parse_known_args(list(arguments))
     with bad_input():
+        check_folder(Path(asked.out), "out")
         _refuse_ours(rest)
         variants = read_variants(asked.methods)
         planned = [

@@ -136,8 +136,10 @@ def read_settings(arguments: Sequence[str], many_tasks: bool = False) -> Setting
         parser.set_defaults(**_check_yaml(parser, from_file, early.config))
     run, federated, adaptors = parser.dataclasses_from(arguments)
     named = "output_dir" in from_file or any(re.match("--output[-_]dir", word) for word in arguments)
-    if federated.resume_from_checkpoint and not named:  # of all runs, the last
-        federated = dataclasses.replace(federated, output_dir=_last_folder(f"runs/{task.name}"))
+    if federated.resume_from_checkpoint and not named:  # the last of all runs, or that of the checkpoint
+        where = federated.resume_from_checkpoint
+        found = _last_folder(f"runs/{task.name}") if where == "true" else str(Path(where).parent.parent)
+        federated = dataclasses.replace(federated, output_dir=found)
     methods, threads = _methods(run), _threads(run, task)
     data = None if many_tasks and task.data is None else run.data
     return Settings(task.with_data(data), source, data, methods, threads, federated, _floral_config(adaptors))

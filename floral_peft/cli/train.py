@@ -54,10 +54,10 @@ def train(arguments: Sequence[str]) -> None:
 
 def _how_to_go_on(arguments: Sequence[str], trainers: Iterable[FederatedTrainer]) -> str:
     """What an interrupted user is told. Flags that come twice count as the last of them says."""
-    folders = [trainer.output_dir for trainer in trainers]
-    if not any(map(checkpoint_rounds, folders)):
+    folder = next(iter(trainers)).output_dir
+    if not checkpoint_rounds(folder):
         return ", and there is no checkpoint to go on from: --save_steps N makes one every N rounds."
-    flags = ["--output_dir", str(folders[0].parent), "--resume_from_checkpoint", "true"]
+    flags = ["--output_dir", str(folder.parent), "--resume_from_checkpoint", "true"]
     return f". Go on with it: {shlex.join(['floral-peft', 'train', *arguments, *flags])}"
 
 

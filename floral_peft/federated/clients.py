@@ -220,7 +220,7 @@ class Clients:
     def trained_routers(self, name: str, round: int) -> dict[ClientId, Tensor]:
         """The routers, (1, L, C), that clients have kept; where they are found on arrival, those of all clients.
 
-        A client whose examples cannot be looked at has the router that it has kept, if any, and the log says so.
+        A client whose examples cannot be looked at has the router that it has kept or starts with; the log says so.
         """
         kept = self.kept_routers(name)
         if self.arrivals.arrival is None:
@@ -230,7 +230,7 @@ class Clients:
             try:
                 found.append((client_id, {name: self.arrivals(turn()).private[name]}))
             except Exception as error:  # as in training: a client's failure is its own loss
-                text = "client %r: %s: %s; it keeps the router of its last visit"
+                text = "client %r: %s: %s; its router is the one that it had"
                 logger.warning(text, client_id, type(error).__name__, error)
         gathered = self._processes.gather(pack_states(found))
         return kept | self._told([item for part in gathered for item in unpack_states(part)])

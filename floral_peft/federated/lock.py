@@ -22,6 +22,20 @@ class OutputDirInUseError(RuntimeError):
     """Another trainer is training in the same folder."""
 
 
+def check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be made.
+
+    Args:
+        folder: The folder.
+        name: What the user calls it.
+
+    Raises:
+        NotADirectoryError: It is a file, or inside one.
+    """
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise NotADirectoryError(f"{name}={str(folder)!r}: {str(file)!r} is a file. Choose another {name}.")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Within, no other trainer, of this process or another, can train in the folder.
@@ -33,8 +47,7 @@ def locked(folder: Path) -> Iterator[None]:
         OutputDirInUseError: Another trainer has it.
         NotADirectoryError: It is a file, or inside one.
     """
-    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-        raise NotADirectoryError(f"output_dir={str(folder)!r}: {str(file)!r} is a file. Choose another output_dir.")
+    check_folder(folder, "output_dir")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME

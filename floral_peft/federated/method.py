@@ -156,7 +156,7 @@ def get_method(method: str | Method) -> Method:
         TypeError: `method` is neither a name nor a `Method` that has one.
     """
     if isinstance(method, Method):
-        _check_named(type(method))
+        _check_named(method)
         return method
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a Method instance, got {method!r}.")
@@ -167,8 +167,9 @@ def get_method(method: str | Method) -> Method:
     return _METHODS[method]()
 
 
-def _check_named(kind: type[Method]) -> None:
-    if not isinstance(getattr(kind, "name", None), str):
+def _check_named(method: type[Method] | Method) -> None:
+    if not isinstance(getattr(method, "name", None), str):
+        kind = type(method) if isinstance(method, Method) else method
         raise TypeError(f'{kind.__qualname__} has no name: give the class one, name = "...".')
 
 

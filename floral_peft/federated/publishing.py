@@ -20,7 +20,7 @@ from floral_peft.federated.processes import Message, Processes
 from floral_peft.federated.records import Record
 from floral_peft.federated.seeding import ClientId
 from floral_peft.federated.visitor import Visitor
-from floral_peft.tuner import Ensemble, Exported, ExportKind, FloralModel, export_client, save_plain
+from floral_peft.tuner import Ensemble, Exported, ExportKind, FloralModel, check_free, export_client, save_plain
 
 
 class Publishing:
@@ -172,9 +172,11 @@ def export_model(model: nn.Module, folder: Path, kind: ExportKind = "auto", rank
                 'the model is one of PEFT\'s own, which is exported as it is (kind="auto"): merge it with '
                 "`PeftModel.from_pretrained(base, folder).merge_and_unload()`."
             )
+        check_free(folder, "lora")
         model.save_pretrained(str(folder))
         return Exported("lora", {})
     if kind == "lora" or rank is not None:
         raise ValueError('the model has no adaptors, so there is no LoRA to export: kind="merged".')
+    check_free(folder, "merged")
     save_plain(model, folder)
     return Exported("merged", {})

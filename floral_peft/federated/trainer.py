@@ -289,6 +289,8 @@ class FederatedTrainer(Publishing, Personalizing):
     def mixtures(self) -> tuple[list[ClientId], Tensor]:
         """All clients' mixtures.
 
+        Where clients find theirs on arrival, one whose examples cannot be looked at has the one that it had before.
+
         Returns:
             The clients' ids, and their weights of the adaptors, shape (K, C); rows sum to 1.
 

@@ -5,7 +5,7 @@ from floral_peft.tuner.centering import center_adaptors
 from floral_peft.tuner.clip import base_weights, clip_steps
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
-from floral_peft.tuner.export import Exported, ExportKind, export_client
+from floral_peft.tuner.export import Exported, ExportKind, check_free, export_client
 from floral_peft.tuner.fitting import prediction_doubt
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor
@@ -39,6 +39,7 @@ __all__ = [
     "base_name",
     "base_weights",
     "center_adaptors",
+    "check_free",
     "clip_steps",
     "export_client",
     "factor_pairs",

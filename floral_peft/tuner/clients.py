@@ -218,7 +218,8 @@ class Clients:
 
     def _note_unchosen(self, what: str) -> None:
         """Say, once, that of several clients nobody has chosen one, so that it is the first."""
-        if self.router.chosen or not self.router.several:
+        tables = [self.router.logits[name] for name in self.router.active_adapters]
+        if self.router.chosen or self._disabled or all(len(table) == 1 for table in tables):
             return
         self.router.chosen = True
         logger.warning(
@@ -226,6 +227,11 @@ class Clients:
             "batch its client_ids (with transformers' Trainer, remove_unused_columns=False keeps them).",
             what,
         )
+
+    @property
+    def _disabled(self) -> bool:
+        """Whether the model is the base alone at the moment."""
+        return False
 
     def _check_not_merged(self, intent: str) -> None:
         """Raise where no other client can be chosen, because one's mixture is merged into the weights."""

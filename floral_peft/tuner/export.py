@@ -95,14 +95,22 @@ def _export_merged(model: Any, folder: Path) -> Exported:
         )
     base = model.get_base_model()
     state = plain_state(base)
-    _check_free(folder, CONFIG_NAME)
+    check_free(folder, "merged")
     save_plain(base, folder, state)
     return Exported("merged", {})
 
 
-def _check_free(folder: Path, *others: str) -> None:
-    """Refuse a folder with an export of the other kind, beside which nobody could tell what to load."""
-    for name in others:
+def check_free(folder: Path, kind: Literal["merged", "lora"]) -> None:
+    """Refuse a folder with an export of the other kind, beside which nobody could tell what to load.
+
+    Args:
+        folder: Where to export.
+        kind: What.
+
+    Raises:
+        ValueError: It holds one of another kind.
+    """
+    for name in (CONFIG_NAME,) if kind == "merged" else (WEIGHTS, SAFE_WEIGHTS_INDEX_NAME):
         if (folder / name).exists():
             raise ValueError(
                 f"{str(folder)!r} holds an export of the other kind ({name}): choose another folder, or delete it."
@@ -111,7 +119,7 @@ def _check_free(folder: Path, *others: str) -> None:
 
 def _export_lora(model: Any, folder: Path, rank: int | None) -> Exported:
     base, lora = model.get_base_model(), to_lora(model, rank)
-    _check_free(folder, WEIGHTS, SAFE_WEIGHTS_INDEX_NAME)
+    check_free(folder, "lora")
     folder.mkdir(parents=True, exist_ok=True)
     if base_trains(model):
         save_plain(base, folder / BASE, plain_state(base, mixed=False))
@@ -142,6 +150,6 @@ def _export_member(model: Ensemble, folder: Path, kind: ExportKind) -> Exported:
             + (": a client can be exported, merged, only if it uses one of them alone" if kind != "lora" else "")
             + ". Export a model with FLORAL adaptors instead."
         )
-    _check_free(folder, CONFIG_NAME)
+    check_free(folder, "merged")
     save_plain(model.members[used[0]], folder)
     return Exported("merged", {})

@@ -158,6 +158,11 @@ class FloralModel(Clients, Shrinking, BaseTuner):
         """PEFT asks for this before every pass. Nothing is to be enabled; its absence would be slow to find out."""
         return nullcontext()
 
+    @property
+    @override
+    def _disabled(self) -> bool:
+        return any(layer.disable_adapters for layer in self._layers())
+
     @override
     def _check_not_merged(self, intent: str) -> None:
         if any(layer.merged for layer in self._layers()):

@@ -36,8 +36,7 @@ class Router(nn.Module):
     Attributes:
         logits: adapter name → table of shape (K, L, C): K clients (one row if the adapter has a single router), L = 1,
             or one per target layer with `router_per_layer`, C adaptors.
-        several: whether any adapter has routers of several clients.
-        chosen: whether somebody has chosen among them; else the first is used.
+        chosen: whether somebody has chosen among several clients; else the first is used.
     """
 
     def __init__(self) -> None:
@@ -49,7 +48,7 @@ class Router(nn.Module):
         self.register_buffer("client", torch.zeros(1, dtype=torch.long), persistent=False)
         self.selection = Selection(self.client)
         self.recomputation = Recomputation[Selection]()
-        self.several = self.chosen = False
+        self._several = self.chosen = False
         self._pass: dict[Any, Tensor] | None = None  # what a forward pass has computed so far
         self._outer: list[tuple[dict[Any, Tensor] | None, Selection, Seen]] = []  # passes around the one at hand
 
@@ -71,7 +70,7 @@ class Router(nn.Module):
         # a client must be in all tables but those of one row, which serve everybody
         tables = [name for name in self.active_adapters if len(self.logits[name]) > 1] or self.active_adapters
         self.narrowest = min(tables, key=lambda name: len(self.logits[name]), default="")
-        self.several = any(len(table) > 1 for table in self.logits.values())
+        self._several = any(len(table) > 1 for table in self.logits.values())
         if self.narrowest and int(self.client.max()) >= len(self.logits[self.narrowest]):
             self.select(self.client.new_zeros(1))
 
@@ -213,7 +212,7 @@ class Router(nn.Module):
 
     def end_forward(self, output: Any) -> None:
         """A forward pass ends: remember its selection for a later recomputation, and return to what was before."""
-        if not torch.compiler.is_compiling() and (self.several or self.selection.noise):
+        if not torch.compiler.is_compiling() and (self._several or self.selection.noise):
             self.recomputation.remember(output, self.selection)  # else every pass has the same state
         if self._outer:
             self._pass, self.selection, self.recomputation.seen = self._outer.pop()

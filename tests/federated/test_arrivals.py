@@ -131,7 +131,7 @@ def test_after_training_a_client_that_cannot_look_holds_the_router_of_its_last_v
 
     run.callback_handler.add_callback(Breaks())
     run.train()
-    assert "client 'client 1': OSError: unreadable; it keeps the router of its last visit" in caplog.text
+    assert "client 'client 1': OSError: unreadable; its router is the one that it had" in caplog.text
     kept = run._clients.kept_routers(run._routers.name)["client 1"]
     assert torch.allclose(run.model.mixture("client 1"), torch.softmax(kept[0, 0], dim=-1), atol=1e-6)
 

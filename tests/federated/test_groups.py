@@ -146,6 +146,12 @@ def test_a_method_without_a_name_is_told_to_have_one() -> None:
         with pytest.raises(TypeError, match="Nameless has no name: give the class one"):
             use()
 
+    class NamedByInstance(Nameless):
+        def __init__(self) -> None:
+            self.name = "own"  # type: ignore[misc]
+
+    assert get_method(NamedByInstance()).name == "own"
+
 
 def test_a_parameter_of_which_no_one_speaks_is_untouched() -> None:
     class OnlyHead(nn.Module):

@@ -260,6 +260,14 @@ def test_soon_after_a_compression_none_is_removed(tmp_path: Path, round: int, go
     assert [drop.why for drop in Posterior(args).prune(memory, round)] == gone
 
 
+@pytest.mark.parametrize(
+    ("pace", "rounds", "recovered"),
+    [(1.0, 300, 10), (0.2, 300, 50), (0.1, 1500, 100), (1.0, 60, 10), (1.0, 20, 10 / 3)],
+)
+def test_in_a_short_run_duplicates_go_sooner_after_the_compression(pace: float, rounds: int, recovered: float) -> None:
+    assert schedule.recovered_rounds(pace, rounds) == pytest.approx(recovered)
+
+
 def test_private_tensors_of_any_time_are_read_over_the_adaptors_of_now() -> None:
     logits = torch.arange(5.0).view(1, 1, 5)
     like = {"router": torch.zeros(1, 1, 2), "mean": torch.zeros(3)}

@@ -149,7 +149,7 @@ def test_the_adaptor_that_a_client_has_trained_is_taken_to_be_worse_than_it_look
 def test_where_looking_is_dear_clients_look_at_every_second_visit_and_keep_their_routers_at_the_others(
     tmp_path: Path,
 ) -> None:
-    run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=4, **POSTERIOR)  # one epoch, two adaptors
+    run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=60, **POSTERIOR)  # one epoch, two adaptors
     memory = run._update.start(2) | {"usage": torch.tensor([3.0, 1.0])}
     state = ServerState.of(run.model, run._groups, memory)
     zeros = run._update.start(2)
@@ -167,6 +167,7 @@ def test_where_looking_is_dear_clients_look_at_every_second_visit_and_keep_their
                 assert looked[-1][-1] is bool(run._update.examined(turn))
                 assert float(arrived.sums["visits"]) == 1
                 assert float(arrived.sums["usage"].sum()) == pytest.approx(float(looked[-1][-1]))
+                assert len(arrived.trains_on) == turn.num_examples - (round < 30)  # one is held out in the search
                 if not looked[-1][-1]:
                     handicap = balance(memory["usage"], schedule.BALANCE * (1 - round / schedule.BALANCED))
                     assert torch.allclose(works.softmax(-1), (before - handicap).softmax(-1).float())
@@ -175,11 +176,20 @@ def test_where_looking_is_dear_clients_look_at_every_second_visit_and_keep_their
     assert looked[1] == [not one for one in looked[0]]
 
 
-@pytest.mark.parametrize(("settings", "looks"), [({}, 1), ({"local_epochs": 2}, 2), ({"optimizer": "adamw"}, 2)])
-def test_whoever_trains_much_or_by_adamw_or_has_no_router_yet_looks_at_each_visit(
+@pytest.mark.parametrize(
+    ("settings", "looks"),
+    [
+        ({}, 1),
+        ({"local_epochs": 2}, 2),
+        ({"optimizer": "adamw"}, 2),
+        ({"rounds": 59}, 2),
+        ({"clients_per_round": 3}, 2),
+    ],
+)
+def test_whoever_trains_much_or_by_adamw_or_comes_seldom_or_has_no_router_yet_looks_at_each_visit(
     tmp_path: Path, settings: dict[str, Any], looks: int
 ) -> None:
-    run = trainer(tmp_path, model=started(), **settings, **POSTERIOR)
+    run = trainer(tmp_path, model=started(), **({"rounds": 60} | settings), **POSTERIOR)
     state = ServerState.of(run.model, run._groups, run._update.start(2))
     with run._visit():
         private = run._clients.private("client 0")

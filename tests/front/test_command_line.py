@@ -90,32 +90,39 @@ def test_training_goes_on_from_its_checkpoints(trained: Path, tmp_path: Path) ->
     assert accuracies(tmp_path / "fedavg")[-1] == accuracies(trained / "fedavg")[-1]
 
 
-@pytest.mark.parametrize("saved", [True, False], ids=["with a checkpoint", "without any"])
-def test_an_interrupted_training_says_how_to_go_on(
-    saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["train", "--rounds", "3", "--clients_per_round", "5", "--baselines", "none", "--disable_tqdm"]
-    words += ["--save_steps", "1"] if saved else []
+def interrupted_in(method: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command, which the user interrupts after the second round of a method."""
     end_round = FederatedTrainer._end_round
 
     def interrupted(self: FederatedTrainer, server: ServerState, report: RoundReport) -> None:
         end_round(self, server, report)
-        if report.round == 2:
+        if report.round == 2 and self.method.name == method:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(FederatedTrainer, "_end_round", interrupted)
         assert main(words) == 130
+
+
+@pytest.mark.parametrize("method", ["floral", "fedavg"])
+@pytest.mark.parametrize("save_steps", ["1", "3"])  # fedavg is interrupted after or before its first checkpoint
+def test_an_interrupted_training_says_how_to_go_on(
+    method: str, save_steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--rounds", "3", "--clients_per_round", "5", "--disable_tqdm", "--save_steps", save_steps]
+    interrupted_in(method, words, monkeypatch)
     told = capsys.readouterr().err
-    if not saved:
+    if (method, save_steps) == ("floral", "3"):
         assert "interrupted, and there is no checkpoint to go on from: --save_steps N makes one" in told
         return
     again = shlex.split(told.partition("Go on with it: floral-peft ")[2])
     assert again == [*words, "--output_dir", "runs/digits", "--resume_from_checkpoint", "true"]
     assert main(again) == 0
-    records = (tmp_path / "runs/digits/floral/records.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in records] == [1, 2, 3, 3]  # three rounds and an evaluation
+    for name in ("floral", "fedavg"):
+        records = (tmp_path / "runs/digits" / name / "records.jsonl").read_text().splitlines()
+        rounds = [record["round"] for record in map(json.loads, records) if record["event"] == "round"]
+        assert rounds == [1, 2, 3]
 
 
 def test_the_report_tells_what_training_told(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -156,6 +156,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path, capsys:
         (["--seed", "3"], "--seed is not for reproduce: give --seeds."),
         (["--ruonds", "3"], "did you mean 'rounds'?"),
         (["--seeds", "one"], "'one' is neither a number nor a range of them, such as 1-3"),
+        (["--out", __file__], "test_reproduce.py' is a file. Choose another out."),
         (["--seeds", "3-1"], "there is no number in '3-1'"),
     ],
 )

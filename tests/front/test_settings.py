@@ -52,6 +52,8 @@ def test_a_resumed_run_without_a_named_folder_is_the_last_one(tmp_path: Path, mo
     assert read_settings(resumed).federated.output_dir == "runs/digits-2"
     assert read_settings([*resumed, "--output-dir=runs/digits-3"]).federated.output_dir == "runs/digits-3"
     assert read_settings([]).federated.output_dir == "runs/digits-3"
+    named = ["--resume_from_checkpoint", "runs/digits/floral/checkpoint-4"]
+    assert read_settings(named).federated.output_dir == "runs/digits"
 
 
 def test_the_task_s_settings_yield_to_the_file_s_and_those_to_the_flags(tmp_path: Path) -> None:

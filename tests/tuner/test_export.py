@@ -371,7 +371,6 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(tmp_path: Path) -> N
         export_client(norms, tmp_path)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("first, second", [("merged", "lora"), ("lora", "merged")])
 def test_two_kinds_of_export_do_not_share_a_folder(tmp_path: Path, first: Any, second: Any) -> None:
     model = adapted(conv_net())
@@ -383,6 +382,13 @@ def test_two_kinds_of_export_do_not_share_a_folder(tmp_path: Path, first: Any, s
     export_client(model, tmp_path, client=2, kind=first)  # one of the same kind takes its place
 
 
+def test_a_lora_does_not_go_beside_a_plain_model_in_several_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an export of the other kind"):
+        export_client(adapted(conv_net()), tmp_path, client=1, kind="lora")
+
+
+@torch.no_grad()
 def test_a_quantised_layer_can_be_a_lora_but_not_merged(tmp_path: Path) -> None:
     base, x = linear_net(), torch.randn(4, 6)
     model = adapted(base)

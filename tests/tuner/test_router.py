@@ -69,6 +69,23 @@ def test_who_trains_or_merges_without_having_chosen_a_client_is_told_so_once(cap
     assert "merging takes the first router" in caplog.text
 
 
+def test_a_pass_that_uses_one_router_or_none_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    with model.disable_adapter():
+        model(X)
+    model.add_adapter("solo", FloralConfig(target_modules=["0"], num_adaptors=2))
+    model.set_adapter("solo")
+    model(X)
+    assert not caplog.records
+    model.set_adapter("default")
+    model(X)
+    assert "a training pass uses the first router" in caplog.text
+    caplog.clear()
+    model.set_routers(torch.zeros(2, 1, 3))  # other clients, of whom nobody has been chosen
+    model(X)
+    assert "a training pass uses the first router" in caplog.text
+
+
 def test_nobody_is_told_who_has_chosen_a_client_or_has_but_one(caplog: pytest.LogCaptureFixture) -> None:
     model = adapted()
     model.set_client(0)

@@ -44,7 +44,8 @@ class Posterior(RouterUpdate):
     trained looks better than it is. How much better, on average over the clients, is added to that adaptor's loss:
     few clients would otherwise stay for ever with what each has trained alone.
 
-    By SGD, where looking is dear, a client looks at every second of its visits, and keeps its router at the others.
+    By SGD, where looking is dear, a client that comes often looks in every second round only, and keeps its router if
+    it comes in another.
 
     The server learns, beside the aggregate, six sums over the cohort. Five are over the clients that look: the usage
     Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on the examples kept back, the squares of their differences
@@ -125,7 +126,7 @@ class Posterior(RouterUpdate):
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
         if _SEARCHED in memory:
-            ready = (round - int(memory[_SEARCHED])) * self._pace >= schedule.RECOVERED
+            ready = round - int(memory[_SEARCHED]) >= schedule.recovered_rounds(self._pace, self.args.rounds)
         else:
             ready = _settled(memory) or self._over(memory, round)
         return prune(memory["usage"], memory["losses"], self._errors(memory)) if ready else []
@@ -243,7 +244,8 @@ class Posterior(RouterUpdate):
     def _looks(self, examined: Sequence[Tensor], turn: Turn) -> bool:
         """Whether a client looks for its adaptor at this visit, or keeps the one that it has found."""
         before = turn.private[turn.routers.name]
-        if not turn.training or not _chooses(before) or not self._by_sgd:
+        seldom = self.sampled * self.args.rounds < schedule.WHOLE
+        if seldom or not turn.training or not _chooses(before) or not self._by_sgd:
             return True
         if sum(map(len, examined)) * before.shape[-1] <= self._trained(turn.num_examples):
             return True

@@ -54,13 +54,15 @@ SEARCH_RANK = 16
 #: until after so many participations, once few change theirs at a visit, or when half of the run is over: then only
 #: those stay that may, compressed.
 SEARCHED = 30.0
-#: For so many participations after that none goes: compressed adaptors are alike until they have learned again.
+#: For so many participations after that none goes: compressed adaptors are alike until they have learned again. (Of a
+#: run of fewer than [`WHOLE`] rounds, in which a round cannot count for more, it is the same share.)
 RECOVERED = 10.0
 #: Losses are looked at on so many of a client's examples at most, and in a round on no fewer than these.
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32
-#: By SGD, if that costs more than a third of what training costs, a client looks at every second of its visits only.
-#: (By AdamW a client knows its examples by heart after a visit or two, and should not stay where it is for another.)
+#: By SGD, if that costs more than a third of what training costs, a client looks in every second round only, unless it
+#: comes fewer than [`WHOLE`] times. (By AdamW a client knows its examples by heart after a visit or two, and
+#: should not stay where it is for another.)
 LOOKED_EVERY = 2
 
 
@@ -94,6 +96,16 @@ def searched_rounds(pace: float, rounds: int) -> tuple[float, float]:
         rounds: The rounds of the run.
     """
     return min(SEARCHED / pace, rounds / 2), rounds / 2
+
+
+def recovered_rounds(pace: float, rounds: int) -> float:
+    """For how many rounds after the search no adaptor goes.
+
+    Args:
+        pace: See [`pace`].
+        rounds: The rounds of the run.
+    """
+    return RECOVERED / pace * min(1.0, rounds * pace / WHOLE)
 
 
 def pruning_due(round: int, pace: float) -> bool:
