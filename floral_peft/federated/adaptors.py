@@ -11,7 +11,7 @@ import torch
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.processes import Processes
 from floral_peft.federated.routers import Routers
-from floral_peft.federated.routing import RouterUpdate, told
+from floral_peft.federated.routing import Drop, RouterUpdate, told
 from floral_peft.federated.routing.numbering import numbered, renumbered
 from floral_peft.federated.server import PrivateState, ServerState
 from floral_peft.federated.server_adaptors import after_compression, without_adaptors
@@ -125,6 +125,8 @@ class Adaptors:
             The state, which the model then holds; and what a round's report says of it, nothing if nothing happened.
         """
         found: dict[str, Any] = {}
+        if drops := self._update.pools(server.routing, server.round):
+            return self._pooled(server, drops)
         if drops := self._update.prune(server.routing, server.round):
             found["pruned"] = told(drops, server.adaptors)
             server = self._without(server, [drop.adaptor for drop in drops])
@@ -154,6 +156,24 @@ class Adaptors:
         self.fit(server.adaptors, server.wide)
         self._visitor.load(self.untrained, server)
         return replace(server, routing=self._update.keep(server.routing, kept))
+
+    def _pooled(self, server: ServerState, drops: Sequence[Drop]) -> tuple[ServerState, dict[str, Any]]:
+        """The server's state with one adaptor, the mean of all, which the model then has: the search is over."""
+        pruned = told(drops, server.adaptors)
+        ranks, self._ranks = self._ranks, None
+        lost = _floral(self._model).pool(server.routing["usage"], ranks)
+        axes = {name: cluster.axis for name, cluster in self._groups.clustered.items()}
+        server = without_adaptors(server, [0], axes)
+        server = replace(server, optimizer={k: v for k, v in server.optimizer.items() if k not in axes})
+        self.alive, self.wide = server.adaptors, False
+        if self._routers is not None:
+            self._routers.show(self.alive)
+        self._processes.copy_from_main(tensors_of(self._model).values())
+        server = after_compression(server, self._model)
+        self._refresh()
+        self._visitor.load(self.untrained, server)
+        memory = self._update.settled(self._update.keep(server.routing, [0]), server.round)
+        return replace(server, routing=memory), {"pruned": pruned, "lost": lost}
 
     def _compressed(self, server: ServerState) -> tuple[ServerState, dict[str, float]]:
         """The server's state, which the model holds, with adaptors of the ranks that may stay; what is lost."""

@@ -250,6 +250,11 @@ class Routers:
         """The model under each of its adaptors alone."""
         return PureModels(self._model)
 
+    @property
+    def base_trains(self) -> bool:
+        """Whether the base model trains beside the adaptors."""
+        return bool(self._model.active_peft_config.train_base)
+
     def mixture_of(self, logits: Tensor) -> Tensor:
         """π of a router (1, 1, C), shape (C,)."""
         return torch.softmax(logits[0, 0] / self._model.active_peft_config.router_temperature, dim=-1)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import RESIDENT_BYTES, Batch, Examples, ordered_batches
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.evidence import Piece, mean_losses
-from floral_peft.federated.forward import LABELS
+from floral_peft.federated.forward import LABELS, is_classification
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
@@ -150,6 +150,31 @@ class Turn:
             means = self.routers.pure_models.losses(function, batches)
         weighted = [mean.float() * count for mean, count in zip(means, counts, strict=True)]
         return torch.stack(weighted).sum(dim=0).cpu() / self.num_examples
+
+    @torch.no_grad()
+    def losses_at(self, temperatures: Tensor, rows: Tensor, logits: Tensor) -> Tensor | None:
+        """The mean cross entropy of some training examples where the model's outputs are divided by temperatures.
+
+        Args:
+            temperatures: Shape (T,).
+            rows: The examples, int64, at least one.
+            logits: The router, (1, L, C).
+
+        Returns:
+            float64 on the CPU, (T,); None where the model is no classifier.
+        """
+        self._place.visitor.load(self.with_logits(logits), self._state)
+        self._place.model.eval()
+        found = torch.zeros(len(temperatures), dtype=torch.float64)
+        for some in rows.split(self.args.per_device_eval_batch_size):
+            with self._place.accelerator.autocast():
+                prediction = self.forward(self._examples()[0].batch(some))
+            if not is_classification(prediction.logits, prediction.labels):
+                return None
+            for number, temperature in enumerate(temperatures.tolist()):
+                loss = nn.functional.cross_entropy(prediction.logits.float() / temperature, prediction.labels)
+                found[number] += float(loss) * len(some) / len(rows)
+        return found
 
     def _loss(self, batch: Batch) -> Tensor:
         loss: Tensor = self.forward(batch).loss

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from floral_peft.tuner.centering import base_trains, mean_weights, share_mean, truncate
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.layers.factored import FactoredLayer
-from floral_peft.tuner.low_rank import as_columns, as_matrices, spectra
+from floral_peft.tuner.layers.norm import Norm
+from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor, spectra
 from floral_peft.tuner.router import Router
 from floral_peft.tuner.tied import sharing_layers
 
@@ -210,6 +211,41 @@ class Shrinking:
         config.r, config.budget, config.rank_pattern = ranks.r, ranks.budget, dict(ranks.rank_pattern)
         return lost
 
+    @torch.no_grad()
+    def pool(
+        self, weights: Tensor | None = None, ranks: Ranks | None = None, adapter_name: str | None = None
+    ) -> dict[str, float]:
+        """Make of all adaptors a single one, their mean: all clients then have one model.
+
+        It is the mean's best approximation of the adaptors' rank (truncated SVD, the singular values split evenly).
+
+        Args:
+            weights: as of `compress`.
+            ranks: what `widen` returned, if that is to be undone, too.
+            adapter_name: the adapter; by default, the first active one.
+
+        Returns:
+            Layer name → the share of the mean that is lost (Frobenius norm).
+        """
+        name = self._adapter(adapter_name)
+        config = self.peft_config[name]
+        self._check_not_merged("make one of its adaptors")
+        counted = torch.ones(config.num_adaptors) if weights is None else weights
+        layers = [layer for layer in self._layers() if layer.holds(name)]
+        means = [mean_weights(layer, name, counted) for layer in layers]
+        lost = {}
+        for layer, mean in zip(layers, means, strict=True):
+            if isinstance(layer, FactoredLayer):
+                rank = layer.r[name] if ranks is None else ranks.layers[layer.name]
+                lost[layer.name] = _pool(layer, name, rank, mean)
+            elif isinstance(layer, Norm):
+                tables = layer.tables(name)
+                layer.set_tables(name, {key: _mean(table, mean).expand_as(table) for key, table in tables.items()})
+        if ranks is not None:
+            config.r, config.budget, config.rank_pattern = ranks.r, ranks.budget, dict(ranks.rank_pattern)
+        self.keep_adaptors([0], name)
+        return lost
+
     def _adapter(self, adapter_name: str | None) -> str:
         name: str = self.active_adapters[0] if adapter_name is None else adapter_name
         if name not in self.peft_config:
@@ -238,6 +274,23 @@ def _truncate(layer: FactoredLayer, adapter_name: str, rank: int, mean: Tensor, 
         share_mean(layer, adapter_name, into_base=True, mean=mean)
     truncate(layer, adapter_name, rank, less=mean if centered < lost else None)
     return (min(lost, centered) / whole) ** 0.5 if whole else 0.0
+
+
+def _mean(table: Tensor, weights: Tensor) -> Tensor:
+    return torch.tensordot(weights.to(table), table, dims=1)
+
+
+def _pool(layer: FactoredLayer, adapter_name: str, rank: int, mean: Tensor) -> float:
+    """Make each of a layer's adaptors their mean, at a rank. Returns the relative error."""
+    factors = layer.factors(adapter_name)
+    a, b = as_matrices(factors.a, factors.b)
+    terms = mean.to(a.device).repeat_interleave(a.shape[1])[None]
+    first, second, lost = refactor(a.flatten(0, 1), as_columns(b), terms, rank)
+    first, second = first.expand(len(a), -1, -1), second.expand(len(a), -1, -1)
+    layer.set_factors(adapter_name, *as_factors(first, second, factors.a, factors.b))
+    if factors.bias is not None:
+        factors.bias.copy_(_mean(factors.bias, mean).expand_as(factors.bias))
+    return lost
 
 
 def _checked(indices: Sequence[int] | Tensor, count: int) -> Tensor:

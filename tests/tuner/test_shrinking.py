@@ -238,3 +238,28 @@ def test_what_cannot_be_compressed_is_left_alone(arguments: dict[str, Any], mess
     with pytest.raises(ValueError, match=message):
         model.compress(**arguments)
     assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.1, 0.2, 0.0, 0.7])])
+def test_pooled_adaptors_are_the_mean_of_all(weights: Any) -> None:
+    model = net(r=1, adapt_norms=True)
+    former = model.base_model.widen(4, seed=1)  # so that the mean of four adaptors of rank 1 is one of rank 4
+    before = model.active_peft_config.to_dict() | {"num_adaptors": 1}
+    mixture = torch.full((4,), 0.25) if weights is None else weights / weights.sum()
+    model.set_routers(mixture.clamp(min=1e-30).log().expand(3, 1, 4))
+    expected = outputs(model)
+    lost = model.base_model.pool(weights)
+    assert lost.keys() == FACTORED and max(lost.values()) < 1e-6
+    assert model.active_peft_config.to_dict() == before
+    assert torch.allclose(outputs(model), expected, atol=1e-6)
+    assert model.mixture(1).tolist() == [1.0]
+    assert former.r == 1
+
+
+def test_pooled_adaptors_get_the_rank_that_they_are_to_have() -> None:
+    model = net(r=2)
+    former = model.base_model.widen(5, seed=1)
+    lost = model.base_model.pool(ranks=former)
+    assert model.active_peft_config.r == 2
+    assert {value.shape[1] for name, value in model.named_parameters() if "floral_A" in name} == {2}
+    assert all(0 < value < 1 for value in lost.values())

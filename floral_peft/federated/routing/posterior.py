@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from floral_peft.federated.arguments import FederatedArguments
-from floral_peft.federated.routing import schedule
+from floral_peft.federated.routing import schedule, sharing
 from floral_peft.federated.routing.balance import balance
 from floral_peft.federated.routing.prune import LEAST_REGRET, Drop, cut, prune, regrets
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
@@ -47,11 +47,15 @@ class Posterior(RouterUpdate):
     By SGD, where looking is dear, a client that comes often looks in every second round only, and keeps its router if
     it comes in another.
 
-    The server learns, beside the aggregate, six sums over the cohort. Five are over the clients that look: the usage
+    A frozen base learns nothing that clients have in common. So while they search, they also compare their own model
+    with that of the adaptors' mean; if the latter is better on what they keep back, all adaptors become one.
+
+    The server learns, beside the aggregate, sums over the cohort. Five are over the clients that look: the usage
     Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on the examples kept back, the squares of their differences
     Σ_k π_ka (f̃_kb − f̃_ka)², by how much all losses are higher there than on the others, and how many clients' best
-    adaptor has changed for one that is no duplicate of it. The last is how many have come, be it to look or not. It
-    remembers them with a fading memory, the first three as U, N and S. By these it removes adaptors: see [`prune`].
+    adaptor has changed for one that is no duplicate of it. Another is how many have come, be it to look or not; the
+    rest is that comparison's. It remembers them with a fading memory, the first three as U, N and S. By these it
+    removes adaptors: see [`prune`].
     """
 
     name = "posterior"
@@ -106,7 +110,8 @@ class Posterior(RouterUpdate):
     def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
         """Usage (C,); losses (C, C), of the users of a under b, and squared differences; three numbers (1,)."""
         each, pairs, one = torch.Size([num_adaptors]), torch.Size([num_adaptors, num_adaptors]), torch.Size([1])
-        return {"usage": each, "losses": pairs, "squares": pairs, "optimism": one, "switches": one, "visits": one}
+        own = {"usage": each, "losses": pairs, "squares": pairs, "optimism": one, "switches": one, "visits": one}
+        return own | sharing.SUMS
 
     def start(self, num_adaptors: int) -> dict[str, Tensor]:
         """Sums that are zero."""
@@ -130,6 +135,15 @@ class Posterior(RouterUpdate):
         else:
             ready = _settled(memory) or self._over(memory, round)
         return prune(memory["usage"], memory["losses"], self._errors(memory)) if ready else []
+
+    def pools(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
+        """All become one where sharing is better; while clients search, and not before they have begun to."""
+        usage = memory["usage"]
+        if _SEARCHED in memory or len(usage) < 2 or round < schedule.pooled_from(self._pace, self.args.rounds):
+            return []
+        if not self.args.prune_adaptors or not sharing.is_better(memory, self._users(memory, memory["compared"])):
+            return []
+        return [Drop(number, "pooled", float(share)) for number, share in enumerate(usage / usage.sum()) if number]
 
     def search_adaptors(self, num_adaptors: int, num_clients: int) -> int:
         """`search_adaptors`; by default four times as many as may stay, unless that is many for so few clients."""
@@ -173,11 +187,15 @@ class Posterior(RouterUpdate):
 
         √(mean square / users): standard errors, but for a mean that is taken for 0. So one user proves nothing.
         """
-        fading = 1 - schedule.server_decay(self._pace)
-        seldom = memory["visits"] / memory["usage"].sum().clamp(min=1e-9)  # visits for one at which a client looks
-        users = (memory["usage"] * fading * seldom / self.sampled).clamp(min=1e-9)
+        users = self._users(memory, memory["usage"])
         means = memory["squares"] / memory["usage"].clamp(min=1e-9).unsqueeze(1)
         return schedule.CAUTION * (means / users.unsqueeze(1)).sqrt()
+
+    def _users(self, memory: Mapping[str, Tensor], looks: Tensor) -> Tensor:
+        """How many clients a sum over those who look is of."""
+        fading = 1 - schedule.server_decay(self._pace)
+        seldom = memory["visits"] / memory["usage"].sum().clamp(min=1e-9)  # visits for one at which a client looks
+        return (looks * fading * seldom / self.sampled).clamp(min=1e-9)
 
     def _alike(self, one: int, other: int, memory: Mapping[str, Tensor]) -> bool:
         """Whether two adaptors are one, or duplicates, of which pruning would let one go."""
@@ -230,8 +248,20 @@ class Posterior(RouterUpdate):
             "optimism": mixture.dot(told - seen.double()).view(1),
             "switches": torch.tensor([float(moved)], dtype=torch.float64),
             "visits": torch.ones(1, dtype=torch.float64),
+            **self._compared(held_out, working, turn),
         }
         return Arrived(turn.with_logits(working), {routers.name: kept}, sums, trains_on)
+
+    def _compared(self, held_out: Tensor, working: Tensor, turn: Turn) -> dict[str, Tensor]:
+        """What a client says of its own model and of the mean's, if it is time to compare them."""
+        first = schedule.pooled_from(self._pace, self.args.rounds) - 2 * schedule.SERVER_MEMORY / self._pace
+        usage = turn.memory["usage"]
+        if turn.routers.base_trains or not len(held_out) or turn.round < first or not float(usage.sum()):
+            return sharing.nothing()
+        mean = turn.routers.of_mixture((usage / usage.sum()).float())
+        return sharing.compared(
+            *(turn.losses_at(sharing.TEMPERATURES, held_out, logits) for logits in (working, mean))
+        )
 
     def _working(self, kept: Tensor, turn: Turn) -> Tensor:
         """The router under which a client trains, of the one that it keeps."""
@@ -253,7 +283,10 @@ class Posterior(RouterUpdate):
 
     def _split(self, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rows of the examples that it does not train on for now, and of the others."""
-        if turn.training and turn.round < schedule.searched_rounds(self._pace, self.args.rounds)[0]:
+        searching = (
+            _SEARCHED not in turn.memory and turn.round < schedule.searched_rounds(self._pace, self.args.rounds)[0]
+        )
+        if turn.training and searching:
             return hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
         return torch.arange(0), torch.arange(turn.num_examples)
 

@@ -26,7 +26,8 @@ class Drop:
 
     Args:
         adaptor: Its number.
-        why: "dead", "dispensable", or "bound": more were left at the end of the search than may stay.
+        why: "dead", "dispensable", or "bound": more were left at the end of the search than may stay; or "pooled":
+            all are made one.
         share: The share of the clients that used it.
         instead: The adaptor with which its users lose least; None for a dead one.
         regret: What they lose with it, by `regrets`; None for a dead one.

@@ -25,6 +25,10 @@ EARLY_EXAMPLES = 10
 #: after so many.
 PRUNED_FROM = 15.0
 PRUNED_EVERY = 1.2
+#: After so many (of a run of fewer than [`WHOLE`] rounds, the same share) one adaptor for all may turn out to be the
+#: better choice, by so many standard errors.
+POOLED_FROM = 15.0
+POOLED_CAUTION = 2.0
 #: Before the search ends, all stay while more than this share of the clients change theirs at a visit.
 UNSETTLED = 0.1
 #: In deciding which of them can go, differences between adaptors are taken to be larger by so many standard errors.
@@ -106,6 +110,16 @@ def recovered_rounds(pace: float, rounds: int) -> float:
         rounds: The rounds of the run.
     """
     return RECOVERED / pace * min(1.0, rounds * pace / WHOLE)
+
+
+def pooled_from(pace: float, rounds: int) -> float:
+    """From which round on all adaptors may become one.
+
+    Args:
+        pace: See [`pace`].
+        rounds: The rounds of the run.
+    """
+    return POOLED_FROM / pace * min(1.0, rounds * pace / WHOLE)
 
 
 def pruning_due(round: int, pace: float) -> bool:

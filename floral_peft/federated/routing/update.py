@@ -22,9 +22,9 @@ class RouterUpdate:
     A subclass changes what it needs: settings of the run that the user has left open (`settle`), how mixtures are
     computed while clients train (`settings`), what a client does with its examples before its local steps (`arrival`),
     what the server remembers from round to round (`start`, `absorb`) of what clients tell it (`sums`), which adaptors
-    it then removes (`prune`, `keep`), and how widely it searches at first (`search_adaptors`, `search_rank`,
-    `searched`, `cut`). The server learns of routers weighted sums over the cohort only, which secure aggregation could
-    carry; a client's logits never leave it.
+    it then removes (`prune`, `keep`) or makes one (`pools`), and how widely it searches at first (`search_adaptors`,
+    `search_rank`, `searched`, `cut`). The server learns of routers weighted sums over the cohort only, which secure
+    aggregation could carry; a client's logits never leave it.
 
     Args:
         args: The run's settings.
@@ -120,6 +120,15 @@ class RouterUpdate:
         Args:
             memory: What the server remembers.
             most: How many may stay.
+        """
+        return []
+
+    def pools(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
+        """Which adaptors are made one with the first, the mean of all, after a round: all others, or none.
+
+        Args:
+            memory: What the server remembers.
+            round: The round, from 1.
         """
         return []
 
