@@ -161,7 +161,7 @@ class Turn:
             logits: The router, (1, L, C).
 
         Returns:
-            float64 on the CPU, (T,); None where the model is no classifier.
+            float64 on the CPU, (T,); None where the model is no classifier, or they are not finite (no label counts).
         """
         self._place.visitor.load(self.with_logits(logits), self._state)
         self._place.model.eval()
@@ -174,7 +174,7 @@ class Turn:
             for number, temperature in enumerate(temperatures.tolist()):
                 loss = nn.functional.cross_entropy(prediction.logits.float() / temperature, prediction.labels)
                 found[number] += float(loss) * len(some) / len(rows)
-        return found
+        return found if bool(found.isfinite().all()) else None
 
     def _loss(self, batch: Batch) -> Tensor:
         loss: Tensor = self.forward(batch).loss

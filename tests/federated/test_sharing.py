@@ -127,6 +127,17 @@ def test_losses_at_temperatures_are_those_of_divided_outputs(tmp_path: Path) -> 
     assert torch.allclose(found.float(), expected, atol=1e-5)
 
 
+def test_examples_whose_labels_do_not_count_say_nothing(tmp_path: Path) -> None:
+    clients = population(False)
+    left_out = clients["client 0"]["train"].map(lambda example: {"labels": -100})
+    splits: dict[Any, Any] = {**{k: clients[k] for k in clients}, "client 0": DatasetDict(train=left_out)}
+    made = trainer(tmp_path, model=floral_net(init_std=0.7), dataset=FederatedDataset(splits), **POSTERIOR)
+    state = ServerState.of(made.model, made._groups, made._update.start(2))
+    with made._visit():
+        turn = made._clients.turn("client 0", made._clients.private("client 0"), 0, state)
+        assert turn.losses_at(T, torch.arange(3), torch.zeros(1, 1, 2)) is None
+
+
 def test_in_a_short_run_it_is_decided_sooner() -> None:
     assert schedule.pooled_from(1.0, 300) == 15 and schedule.pooled_from(0.2, 300) == 75
     assert schedule.pooled_from(1.0, 30) == 7.5
