@@ -158,12 +158,7 @@ class Forward:
         with modes_kept(self._model):
             self._model.eval()
             prediction = self(batch)
-        logits, labels = prediction.logits, prediction.labels
-        if not is_classification(logits, labels):
-            return 0
-        expected = nn.functional.cross_entropy(logits.float(), labels)
-        same = torch.allclose(prediction.loss.float(), expected, rtol=1e-3, equal_nan=True)
-        return int(logits.shape[-1]) if same else 0
+        return int(prediction.logits.shape[-1]) if is_cross_entropy(prediction) else 0
 
     def outputs(self, batch: Batch) -> Any:
         """What the model returns for a batch."""
@@ -273,6 +268,18 @@ def is_classification(logits: Any, labels: Tensor) -> bool:
         and not labels.is_floating_point()
         and labels.dtype != torch.bool
     )
+
+
+def is_cross_entropy(prediction: Prediction) -> bool:
+    """Whether a classifier's loss is the cross entropy of its logits, as far as these examples tell."""
+    logits, labels = prediction.logits, prediction.labels
+    if not is_classification(logits, labels):
+        return False
+    counted = labels[labels != _LEFT_OUT]
+    if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
+        return False
+    expected = nn.functional.cross_entropy(logits.float(), labels)
+    return torch.allclose(prediction.loss.float(), expected, rtol=1e-3, equal_nan=True)
 
 
 def _logits(outputs: Any) -> Any:

@@ -255,6 +255,12 @@ class Routers:
         """Whether the base model trains beside the adaptors."""
         return bool(self._model.active_peft_config.train_base)
 
+    @property
+    def top_k(self) -> int | None:
+        """How many adaptors a mixture has at most; None: all."""
+        found: int | None = self._model.active_peft_config.router_top_k
+        return found
+
     def mixture_of(self, logits: Tensor) -> Tensor:
         """π of a router (1, 1, C), shape (C,)."""
         return torch.softmax(logits[0, 0] / self._model.active_peft_config.router_temperature, dim=-1)

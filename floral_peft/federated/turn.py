@@ -16,7 +16,7 @@ from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import RESIDENT_BYTES, Batch, Examples, ordered_batches
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.evidence import Piece, mean_losses
-from floral_peft.federated.forward import LABELS, is_classification
+from floral_peft.federated.forward import LABELS, is_cross_entropy
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
@@ -161,7 +161,8 @@ class Turn:
             logits: The router, (1, L, C).
 
         Returns:
-            float64 on the CPU, (T,); None where the model is no classifier, or they are not finite (no label counts).
+            float64 on the CPU, (T,); None where the model's loss is not the cross entropy of its outputs, or these are
+            not finite (no label counts).
         """
         self._place.visitor.load(self.with_logits(logits), self._state)
         self._place.model.eval()
@@ -169,7 +170,7 @@ class Turn:
         for some in rows.split(self.args.per_device_eval_batch_size):
             with self._place.accelerator.autocast():
                 prediction = self.forward(self._examples()[0].batch(some))
-            if not is_classification(prediction.logits, prediction.labels):
+            if not is_cross_entropy(prediction):
                 return None
             for number, temperature in enumerate(temperatures.tolist()):
                 loss = nn.functional.cross_entropy(prediction.logits.float() / temperature, prediction.labels)

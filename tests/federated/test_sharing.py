@@ -138,6 +138,29 @@ def test_examples_whose_labels_do_not_count_say_nothing(tmp_path: Path) -> None:
         assert turn.losses_at(T, torch.arange(3), torch.zeros(1, 1, 2)) is None
 
 
+def one_logit(outputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], labels.float())
+
+
+@pytest.mark.parametrize("loss_fn", [one_logit, nn.functional.multi_margin_loss])
+def test_another_loss_than_the_cross_entropy_is_not_judged_by_it(tmp_path: Path, loss_fn: Any) -> None:
+    base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1 if loss_fn is one_logit else 3))
+    model = floral_net(base=base, num_adaptors=2, r=2, train_base=False)
+    settings: dict[str, Any] = {"rounds": 6, "learning_rate": 0.2, **POSTERIOR}
+    made = trainer(tmp_path, model=model, dataset=population(False), loss_fn=loss_fn, **settings)
+    made.train()
+    assert all(record["clients_trained"] == 6 for record in made.records if record["event"] == "round")
+    assert pooled(made) == []
+
+
+def test_where_a_mixture_is_of_few_adaptors_nobody_compares(tmp_path: Path) -> None:
+    model = floral_net(num_adaptors=3, r=2, train_base=False, router_top_k=2)
+    settings: dict[str, Any] = {"rounds": 6, "learning_rate": 0.2, **POSTERIOR}
+    made = trainer(tmp_path, model=model, dataset=population(False), **settings)
+    made.train()
+    assert pooled(made) == []
+
+
 def test_in_a_short_run_it_is_decided_sooner() -> None:
     assert schedule.pooled_from(1.0, 300) == 15 and schedule.pooled_from(0.2, 300) == 75
     assert schedule.pooled_from(1.0, 30) == 7.5
