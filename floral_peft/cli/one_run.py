@@ -41,15 +41,16 @@ def new_trainer(
     chosen = get_method(method)
     model = settings.task.model_for(chosen, settings.adaptors, args.seed)
     if lenient:
-        begun = bool(checkpoint_rounds(Path(args.output_dir)))
-        resume = args.resume_from_checkpoint and begun
-        cut_off = args.resume_from_checkpoint and not begun  # before its first checkpoint: there is nothing to lose
+        folder = Path(args.output_dir)
+        resume = bool(args.resume_from_checkpoint and checkpoint_rounds(folder))
+        # Before its first checkpoint there is nothing to lose; what is done is not given up unasked.
+        cut_off = bool(args.resume_from_checkpoint) and not resume and not (folder / RESULT).exists()
         args = replace(
             args,
             optimal_routing=args.optimal_routing and has_router(model),
             stateless=args.stateless and has_router(model),
             resume_from_checkpoint="true" if resume else None,
-            overwrite_output_dir=args.overwrite_output_dir or bool(cut_off),
+            overwrite_output_dir=args.overwrite_output_dir or cut_off,
         )
     task = settings.task
     return FederatedTrainer(model, args, clients, chosen, compute_metrics=task.compute_metrics, loss_fn=task.loss_fn)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import runpy
 import shlex
+import shutil
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -123,6 +124,19 @@ def test_an_interrupted_training_says_how_to_go_on(
         records = (tmp_path / "runs/digits" / name / "records.jsonl").read_text().splitlines()
         rounds = [record["round"] for record in map(json.loads, records) if record["event"] == "round"]
         assert rounds == [1, 2, 3]
+
+
+def test_a_done_baseline_without_checkpoints_is_not_given_up_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--rounds", "2", "--clients_per_round", "5", "--disable_tqdm", "--output_dir", str(tmp_path)]
+    assert main([*words, "--save_steps", "1"]) == 0
+    for checkpoint in (tmp_path / "fedavg").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = (tmp_path / "fedavg/records.jsonl").read_bytes()
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 2
+    assert "fedavg' holds the records or the clients' state of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "fedavg/records.jsonl").read_bytes() == before
 
 
 def test_the_report_tells_what_training_told(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
