@@ -168,22 +168,22 @@ class Adaptors:
         self.alive, self.wide = server.adaptors, False
         if self._routers is not None:
             self._routers.show(self.alive)
-        self._processes.copy_from_main(tensors_of(self._model).values())
-        server = after_compression(server, self._model)
-        self._refresh()
-        self._visitor.load(self.untrained, server)
-        memory = self._update.settled(self._update.keep(server.routing, [0]), server.round)
-        return replace(server, routing=memory), {"pruned": pruned, "lost": lost}
+        server = self._settled(replace(server, routing=self._update.keep(server.routing, [0])))
+        return server, {"pruned": pruned, "lost": lost}
 
     def _compressed(self, server: ServerState) -> tuple[ServerState, dict[str, float]]:
         """The server's state, which the model holds, with adaptors of the ranks that may stay; what is lost."""
         lost = self._compress(server.routing.get("usage"))
         self.wide = False
+        return self._settled(server), lost
+
+    def _settled(self, server: ServerState) -> ServerState:
+        """The server's state once the model's adaptors are those that stay after the search, in every process."""
         self._processes.copy_from_main(tensors_of(self._model).values())
         server = after_compression(server, self._model)
         self._refresh()
         self._visitor.load(self.untrained, server)
-        return replace(server, routing=self._update.settled(server.routing, server.round)), lost
+        return replace(server, routing=self._update.settled(server.routing, server.round))
 
     def _compress(self, weights: torch.Tensor | None = None) -> dict[str, float]:
         """Bring wide adaptors back to their rank. Layer → what is lost.

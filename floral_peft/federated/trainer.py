@@ -203,7 +203,7 @@ class FederatedTrainer(Publishing, Personalizing):
         """Train for `args.rounds` rounds. Afterwards the model holds the trained tensors and all routers by name.
 
         Where clients find their routers on arrival, as by default, all of them find theirs once more at the end, for
-        the adaptors that there are then; a client that was there last ten rounds ago has one for those of that time.
+        the adaptors that there are then: what a client found at its last visit may be many rounds old.
 
         If a round fails or is interrupted, the model and the clients' state are those after the round before, and the
         routers in the model those of each client's last visit.

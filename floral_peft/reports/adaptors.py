@@ -35,7 +35,7 @@ def adaptors_in_words(run: Run) -> str | None:
 
 
 def _removal(round: int, drop: dict[str, Any]) -> str:
-    why = "dead" if drop["instead"] is None else f"like {drop['instead']}"
+    why = drop["why"] if drop["instead"] is None else f"like {drop['instead']}"
     return f"{drop['adaptor']} ({why}, round {round})"
 
 

@@ -218,7 +218,7 @@ def test_one_user_proves_nothing(tmp_path: Path) -> None:
     assert gone == [[], [2]]
 
 
-def test_clients_that_look_at_every_second_visit_prove_as_much(tmp_path: Path) -> None:
+def test_clients_that_look_at_half_of_their_visits_prove_as_much(tmp_path: Path) -> None:
     update = Posterior(trainer(tmp_path, model=started(), router_update="posterior", rounds=100).args)
     squares, usage = torch.full((3, 3), 8.0), torch.full((3,), 20.0)
     always = update._errors({"usage": usage, "squares": squares, "visits": torch.tensor([60.0])})

@@ -146,7 +146,7 @@ def test_the_adaptor_that_a_client_has_trained_is_taken_to_be_worse_than_it_look
     assert (kept != best) is leaves
 
 
-def test_where_looking_is_dear_clients_look_at_every_second_visit_and_keep_their_routers_at_the_others(
+def test_where_looking_is_dear_clients_look_in_every_second_round_and_keep_their_routers_in_the_others(
     tmp_path: Path,
 ) -> None:
     run = trainer(tmp_path, model=started(), learning_rate=0.0, rounds=60, **POSTERIOR)  # one epoch, two adaptors

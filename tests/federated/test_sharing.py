@@ -54,7 +54,7 @@ def test_clients_that_are_alike_come_to_share_one_adaptor(tmp_path: Path, cohort
     made = run(tmp_path, cohort=cohort)
     assert pooled(made) and made._routers.shape[-1] == made.model.active_peft_config.num_adaptors == 1
     (record,) = (record for record in made.records if record["round"] == pooled(made)[0] and "pruned" in record)
-    assert len(record["pruned"]) == record["usage"].__len__() - 1 and record["lost"]
+    assert len(record["pruned"]) == len(record["usage"]) - 1 and record["lost"]
     assert {value.shape[1] for name, value in made.model.named_parameters() if "floral_A" in name} == {2}
     ids, mixtures = made.mixtures()
     assert mixtures.shape == (len(ids), 1)

@@ -30,6 +30,12 @@ def test_removed_adaptors_are_told_with_their_reason_and_those_hardly_used() -> 
     )
 
 
+def test_adaptors_that_became_one_are_not_called_dead() -> None:
+    pooled = [{**GONE, "adaptor": number, "why": "pooled", "share": 0.3} for number in (1, 2)]
+    words = adaptors_in_words(run_of({"usage": [0.4, 0.3, 0.3], "pruned": pooled}, {"usage": [1.0], "adaptors": [0]}))
+    assert words == "1 of 3 adaptors are left; removed: 1 (pooled, round 1), 2 (pooled, round 1)."
+
+
 def test_duplicates_are_told_once() -> None:
     regrets = [[0, 0.02, 0.9], [0.03, 0, 0.9], [0.05, 0.9, 0]]
     words = adaptors_in_words(run_of({"usage": [0.4, 0.3, 0.3], "adaptors": [0, 1, 2], "regrets": regrets}))

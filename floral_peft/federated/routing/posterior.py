@@ -256,7 +256,7 @@ class Posterior(RouterUpdate):
         """What a client says of its own model and of the mean's, if it is time to compare them."""
         first = schedule.pooled_from(self._pace, self.args.rounds) - 2 * schedule.SERVER_MEMORY / self._pace
         usage = turn.memory["usage"]
-        if turn.routers.base_trains or turn.routers.top_k is not None:  # which no mean of all would have
+        if turn.routers.base_trains or turn.routers.top_k is not None:  # the router mixes no mean of all
             return sharing.nothing()
         if not len(held_out) or turn.round < first or not float(usage.sum()):
             return sharing.nothing()
