@@ -167,7 +167,7 @@ def test_where_looking_is_dear_clients_look_in_every_second_round_and_keep_their
                 assert looked[-1][-1] is bool(run._update.examined(turn))
                 assert float(arrived.sums["visits"]) == 1
                 assert float(arrived.sums["usage"].sum()) == pytest.approx(float(looked[-1][-1]))
-                assert len(arrived.trains_on) == turn.num_examples - (round < 30)  # one is held out in the search
+                assert len(arrived.trains_on) == turn.num_examples - 1  # held out in the search
                 if not looked[-1][-1]:
                     handicap = balance(memory["usage"], schedule.BALANCE * (1 - round / schedule.BALANCED))
                     assert torch.allclose(works.softmax(-1), (before - handicap).softmax(-1).float())
@@ -209,15 +209,15 @@ def test_a_tenth_of_the_examples_is_held_out_and_always_the_same(count: int, hel
     assert torch.equal(torch.cat([held_out, others]).sort().values, torch.arange(count))
 
 
-def test_clients_do_not_train_on_what_is_held_out(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model=started(), rounds=1, **POSTERIOR)
-    state = ServerState.of(run.model, run._groups, run._update.start(2))
-    with run._visit():
-        turn = run._clients.turn("client 0", run._clients.private("client 0"), run._round, state)
-        assert len(run._arrivals(turn).trains_on) == 11  # of 12
-        run._round = 30
-        turn = run._clients.turn("client 0", run._clients.private("client 0"), run._round, state)
-        assert len(run._arrivals(turn).trains_on) == 12
+@pytest.mark.parametrize("round", [0, 30, 149])
+def test_until_the_search_ends_clients_do_not_train_on_what_is_held_out(tmp_path: Path, round: int) -> None:
+    run = trainer(tmp_path, model=started(), rounds=300, **POSTERIOR)
+    searching = run._update.start(2)
+    for memory, trained in ((searching, 11), (run._update.settled(searching, round), 12)):
+        state = ServerState.of(run.model, run._groups, memory)
+        with run._visit():
+            turn = run._clients.turn("client 0", run._clients.private("client 0"), round, state)
+            assert len(run._arrivals(turn).trains_on) == trained
 
 
 def test_losses_are_looked_at_on_so_many_examples_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

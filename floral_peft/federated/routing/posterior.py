@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,9 +41,9 @@ class Posterior(RouterUpdate):
 
     Clients look for theirs among more adaptors than may stay, and of a larger rank: see [`Adaptors`].
 
-    Early in a run, a client keeps some of its examples back: see [`hold_out`]. On the others the adaptor that it has
-    trained looks better than it is. How much better, on average over the clients, is added to that adaptor's loss:
-    few clients would otherwise stay for ever with what each has trained alone.
+    Until the search ends, a client keeps some of its examples back: see [`hold_out`]. On the others the adaptor that
+    it has trained looks better than it is. How much better, on average over the clients, is added to that adaptor's
+    loss: few clients would otherwise stay for ever with what each has trained alone.
 
     By SGD, where looking is dear, a client that comes often looks in every second round only, and keeps its router if
     it comes in another.
@@ -285,10 +286,7 @@ class Posterior(RouterUpdate):
 
     def _split(self, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rows of the examples that it does not train on for now, and of the others."""
-        searching = (
-            _SEARCHED not in turn.memory and turn.round < schedule.searched_rounds(self._pace, self.args.rounds)[0]
-        )
-        if turn.training and searching:
+        if turn.training and _SEARCHED not in turn.memory:
             return hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
         return torch.arange(0), torch.arange(turn.num_examples)
 
@@ -302,9 +300,7 @@ class Posterior(RouterUpdate):
             most = schedule.evidence_examples(self._trained(len(rows)), turn.private[turn.routers.name].shape[-1])
         if len(rows) <= most:
             return rows
-        seed = derive_seed(self.args.seed, "evidence", turn.round, turn.client_id)
-        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-        return rows[drawn[:most]].sort().values
+        return rows[_drawn(len(rows), most, derive_seed(self.args.seed, "evidence", turn.round, turn.client_id))]
 
     def _trained(self, held: int) -> int:
         """On how many examples a client trains in a round that holds so many, each as often as it comes."""
@@ -346,8 +342,15 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
         The rows of both, ascending; none are held out where there are too few.
     """
     held = 0 if count < 3 else max(1, min(count // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[:held].sort().values, order[held:].sort().values
+    drawn = torch.zeros(count, dtype=torch.bool)
+    drawn[_drawn(count, held, seed)] = True
+    return drawn.nonzero().squeeze(1), drawn.logical_not().nonzero().squeeze(1)
+
+
+@lru_cache(maxsize=4096)  # what a client has drawn is asked for twice at each visit, or the same at all of them
+def _drawn(count: int, drawn: int, seed: int) -> Tensor:
+    """Some of so many rows, ascending; not to be written to."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:drawn].sort().values
 
 
 def _settled(memory: Mapping[str, Tensor]) -> bool:

@@ -46,7 +46,7 @@ DAMPING = 1e-5
 LEAST_SHARE = 0.01
 #: The logit of the adaptor that is dealt out to a client for its first visit.
 ASSIGNED = 20.0
-#: Until the search may end, a client trains without one in so many of its examples, so many at most: by them the
+#: Until the search ends, a client trains without one in so many of its examples, so many at most: by them the
 #: server tells duplicates.
 HELD_OUT_SHARE = 10
 HELD_OUT_EXAMPLES = 10
