@@ -1,12 +1,13 @@
 """Personalising pretrained models: FLoRAL beside one LoRA for all, a LoRA each, and probes.
 
-    python benchmarks/pretrained.py --assets FOLDER [vision-rotate vision-label-shift language text] [--seeds 1,2,3]
+    python benchmarks/pretrained.py --assets FOLDER [vision-rotate vision-label-shift ...] [--seeds 1,2,3]
     python benchmarks/pretrained.py --device cuda --clients 40 --examples 500 --side 224 --layers 3
 
 The parts are
 
 - `vision-rotate`, `vision-label-shift`: ResNet-50 on CIFAR-10, 4 clusters; its last convolution and a new head are
   adapted;
+- `vit-rotate`, `vit-label-shift`: a ViT on the same, queries, values and perceptrons of all layers and a new head;
 - `language`: SmolLM2-135M on the roles of Shakespeare's plays that speak most; perplexity by role;
 - `text`: MiniLM tells which of four plays a passage is from, in 4 clusters that name the plays differently.
 
@@ -15,9 +16,9 @@ for all by FedAvg, with as many parameters as FLoRAL starts with; `local-lora` i
 client, which shares nothing; `probe` and `local-probe` train the new head alone, for all or each; `pretrained` trains
 nothing. All methods of a part have one learning rate; `--rates` tries others.
 
-`--assets` has models and datasets in folders (`resnet50`, `smollm2`, `minilm`, `cifar10`, `shakespeare`); without it
-they come from the hub. Sized for one core of a CPU; the flags of the second line scale it up. What is in the file of
-results already is kept.
+`--assets` has models and datasets in folders (`resnet50`, `vit`, `smollm2`, `minilm`, `cifar10`, `shakespeare`; of a
+ViT small_vit.py makes a small one); without it they come from the hub. Sized for one core of a CPU; the flags of the
+second line scale it up. What is in the file of results already is kept.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ from peft import LoraConfig, get_peft_model
 from pretrained_clients import (
     CLUSTERS,
     Size,
+    for_resnet,
+    for_vit,
     language_tail,
     passages_of_plays,
-    renamed,
     resnet_tail,
     roles,
     sentence_tail,
-    turned,
+    vit,
 )
 from torch import nn
 from transformers import set_seed
 
 from floral_peft import FederatedArguments, FederatedDataset, FederatedTrainer, FloralConfig
 from floral_peft.reports import clusters_found
+from floral_peft.tasks.changes import rotate, shift_labels
 
 
 RESULTS = Path(__file__).parent / "results" / "pretrained.json"
@@ -104,9 +107,16 @@ VISION: dict[str, Any] = {
     "settings": {"rounds": 30, "per_device_train_batch_size": 10, "learning_rate": 5e-3},
     "head": ("classifier", 10),
 }
+VIT: dict[str, Any] = VISION | {
+    "model": vit,
+    "size": Size(clients=12, examples=40, tests=50, side=32, layers=4),
+    "layers": ["q_proj", "v_proj", "fc2", "classifier"],
+}
 PARTS = {
-    "vision-rotate": Part(clients=turned, **VISION),
-    "vision-label-shift": Part(clients=renamed, **VISION),
+    "vision-rotate": Part(clients=for_resnet(rotate), **VISION),
+    "vision-label-shift": Part(clients=for_resnet(shift_labels), **VISION),
+    "vit-rotate": Part(clients=for_vit(rotate), **VIT),
+    "vit-label-shift": Part(clients=for_vit(shift_labels), **VIT),
     "language": Part(
         model=language_tail,
         clients=roles,

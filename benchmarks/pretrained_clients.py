@@ -7,6 +7,7 @@ hold; the model is the rest of the network, with the same weights, so figures ar
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,14 +26,17 @@ from transformers import (
 )
 
 from floral_peft import FederatedDataset
-from floral_peft.tasks.changes import Change, rotate, shift_labels
+from floral_peft.tasks.changes import Change
 from floral_peft.tasks.data import read_splits
 from floral_peft.tasks.images import Images
 
 
 CLUSTERS = 4
+#: Clients' training images are among so many first ones of CIFAR-10; small_vit.py learns from the others.
+VIT_CLIENTS_IMAGES = 10_000
 HUB = {
     "resnet50": "microsoft/resnet-50",
+    "vit": "google/vit-base-patch16-224-in21k",
     "smollm2": "HuggingFaceTB/SmolLM2-135M",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
     "cifar10": "uoft-cs/cifar10",
@@ -49,7 +53,8 @@ class Size:
         examples: Training examples of each.
         tests: Test examples of each.
         side: Height and width of images, and tokens of a text.
-        layers: How many layers, from the top, are adapted; of ResNet-50 convolutions of its last block, 3 at most.
+        layers: How many layers, from the top, are adapted; of ResNet-50 convolutions of its last block, 3 at most; of
+            a ViT all of them are.
         assets: A folder with the models and datasets; None: from the hub.
         device: Where the frozen layers run.
     """
@@ -65,6 +70,10 @@ class Size:
     def place(self, name: str) -> str:
         """Where a model or dataset is."""
         return HUB[name] if self.assets is None else str(self.assets / name)
+
+
+#: Images in [0, 1] → columns.
+Inputs = Callable[[Size, Tensor], dict[str, np.ndarray]]
 
 
 def by_cluster(parts: dict[Any, dict[str, dict[str, Any]]]) -> FederatedDataset:
@@ -114,13 +123,10 @@ def resnet_tail(size: Size) -> nn.Module:
 def _below(size: Size, pixels: Tensor) -> dict[str, np.ndarray]:
     """What [`ResNetTail`] takes, of images (examples, 3, height, width) in [0, 1]."""
     resnet = _resnet(size).to(size.device)
-    processor: Any = AutoImageProcessor.from_pretrained(size.place("resnet50"))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
     *blocks, last = [block for stage in resnet.encoder.stages for block in stage.layers]
     inputs, shortcut = [], []
     for batch in pixels.split(50):
-        larger = nn.functional.interpolate(batch, size=(size.side, size.side), mode="bicubic").clamp(0, 1)
-        hidden = resnet.embedder(((larger - mean) / std).to(size.device))
+        hidden = resnet.embedder(_normalised(size, "resnet50", batch).to(size.device))
         for block in blocks:
             hidden = block(hidden)
         shortcut.append(hidden.cpu())
@@ -128,27 +134,60 @@ def _below(size: Size, pixels: Tensor) -> dict[str, np.ndarray]:
     return {"inputs": torch.cat(inputs).numpy(), "shortcut": torch.cat(shortcut).numpy()}
 
 
+def vit(size: Size) -> nn.Module:
+    """A ViT with a new head."""
+    model = AutoModelForImageClassification.from_pretrained(size.place("vit")).requires_grad_(False)
+    model.classifier = nn.Linear(model.config.hidden_size, 10).requires_grad_(False)
+    model.config.num_labels = 10
+    return model
+
+
+def _for_vit(size: Size, pixels: Tensor) -> dict[str, np.ndarray]:
+    """What a ViT takes, of images (examples, 3, height, width) in [0, 1]."""
+    return {"pixel_values": _normalised(size, "vit", pixels).numpy()}
+
+
+def _normalised(size: Size, name: str, pixels: Tensor) -> Tensor:
+    """Images of a model's size, by its own mean and deviation of each colour."""
+    processor: Any = AutoImageProcessor.from_pretrained(size.place(name))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    if pixels.shape[-1] != size.side:
+        pixels = nn.functional.interpolate(pixels, size=(size.side, size.side), mode="bicubic").clamp(0, 1)
+    return (pixels - mean) / std
+
+
 @cache
-def cifar10(size: Size, seed: int, change: Change) -> FederatedDataset:
-    """Clients with photographs, changed as their cluster has them."""
+def cifar10(size: Size, seed: int, change: Change, inputs: Inputs, among: int | None = None) -> FederatedDataset:
+    """Clients with photographs, changed as their cluster has them.
+
+    Args:
+        size: How many.
+        seed: Decides who gets which.
+        change: What makes clusters differ.
+        inputs: What the model takes, of images.
+        among: Training examples are among so many first ones; None: all.
+    """
     splits = read_splits(size.place("cifar10"), "cifar10")
     rng = np.random.default_rng(seed)
     parts: dict[Any, dict[str, dict[str, Any]]] = {client: {} for client in range(size.clients)}
     for split, count in (("train", size.examples), ("test", size.tests)):
         images = Images.of(splits[split])
-        for client, rows in enumerate(rng.choice(len(images), (size.clients, count), replace=False)):
+        most = among if among and split == "train" else len(images)
+        for client, rows in enumerate(rng.choice(most, (size.clients, count), replace=False)):
             pixels = torch.from_numpy(images.pixels[rows]).movedim(-1, 1) / 255
             pixels, labels = change(pixels, torch.from_numpy(images.labels[rows]), client % CLUSTERS)
-            parts[client][split] = {**_below(size, pixels), "labels": labels.numpy()}
+            parts[client][split] = {**inputs(size, pixels), "labels": labels.numpy()}
     return by_cluster(parts)
 
 
-def turned(size: Size, seed: int) -> FederatedDataset:
-    return cifar10(size, seed, rotate)
+def for_resnet(change: Change) -> Callable[[Size, int], FederatedDataset]:
+    """Clients whose examples are what lies below [`ResNetTail`]."""
+    return lambda size, seed: cifar10(size, seed, change, _below)
 
 
-def renamed(size: Size, seed: int) -> FederatedDataset:
-    return cifar10(size, seed, shift_labels)
+def for_vit(change: Change) -> Callable[[Size, int], FederatedDataset]:
+    """Clients with images that no ViT of small_vit.py has seen."""
+    return lambda size, seed: cifar10(size, seed, change, _for_vit, VIT_CLIENTS_IMAGES)
 
 
 # Language

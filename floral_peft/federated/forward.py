@@ -273,13 +273,36 @@ def is_classification(logits: Any, labels: Tensor) -> bool:
 def is_cross_entropy(prediction: Prediction) -> bool:
     """Whether a classifier's loss is the cross entropy of its logits, as far as these examples tell."""
     logits, labels = prediction.logits, prediction.labels
-    if not is_classification(logits, labels):
-        return False
+    return is_classification(logits, labels) and _is_cross_entropy(prediction.loss, logits, labels)
+
+
+def as_cross_entropy(prediction: Prediction) -> tuple[Tensor, Tensor] | None:
+    """Logits (rows, classes) and labels (rows,) whose cross entropy the loss is: of a row for each example or token.
+
+    Of tokens each may be predicted at its own position, or at the one before it, as causal language models do. None
+    where the loss is neither, as far as these examples tell.
+    """
+    logits, labels = prediction.logits, prediction.labels
+    if is_cross_entropy(prediction):
+        return logits, labels
+    first = logits[0] if isinstance(logits, tuple) and logits else logits
+    if not isinstance(first, Tensor) or first.ndim != 3 or first.shape[:2] != labels.shape or not labels.shape[1]:
+        return None
+    if not is_classification(first[:, 0], labels[:, 0]):
+        return None
+    for rows, words in ((first[:, :-1], labels[:, 1:]), (first, labels)):
+        found = rows.flatten(0, 1), words.flatten()
+        if _is_cross_entropy(prediction.loss, *found):
+            return found
+    return None
+
+
+def _is_cross_entropy(loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
     counted = labels[labels != _LEFT_OUT]
     if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
         return False
     expected = nn.functional.cross_entropy(logits.float(), labels)
-    return torch.allclose(prediction.loss.float(), expected, rtol=1e-3, equal_nan=True)
+    return torch.allclose(loss.float(), expected, rtol=1e-3, equal_nan=True)
 
 
 def _logits(outputs: Any) -> Any:

@@ -16,7 +16,7 @@ from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import RESIDENT_BYTES, Batch, Examples, ordered_batches
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.evidence import Piece, mean_losses
-from floral_peft.federated.forward import LABELS, is_cross_entropy
+from floral_peft.federated.forward import LABELS, as_cross_entropy
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
@@ -169,11 +169,12 @@ class Turn:
         found = torch.zeros(len(temperatures), dtype=torch.float64)
         for some in rows.split(self.args.per_device_eval_batch_size):
             with self._place.accelerator.autocast():
-                prediction = self.forward(self._examples()[0].batch(some))
-            if not is_cross_entropy(prediction):
+                outputs = as_cross_entropy(self.forward(self._examples()[0].batch(some)))
+            if outputs is None:
                 return None
+            predicted, labels = outputs
             for number, temperature in enumerate(temperatures.tolist()):
-                loss = nn.functional.cross_entropy(prediction.logits.float() / temperature, prediction.labels)
+                loss = nn.functional.cross_entropy(predicted.float() / temperature, labels)
                 found[number] += float(loss) * len(some) / len(rows)
         return found if bool(found.isfinite().all()) else None
 

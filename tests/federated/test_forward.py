@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, default_data_collator
 
 from floral_peft.federated.batches import Examples, ordered_batches, shuffled_batches
-from floral_peft.federated.forward import Forward
+from floral_peft.federated.forward import Forward, Prediction, as_cross_entropy
 
 from .clients import examples, floral_net, net
 
@@ -233,3 +233,31 @@ def test_a_hook_on_the_peft_model_is_called_even_if_it_came_later() -> None:
     model.register_forward_hook(lambda *_: called.append(1))
     assert torch.equal(forward(batch).logits, expected)
     assert called == [1]
+
+
+@pytest.mark.parametrize("outputs", [lambda logits: logits, lambda logits: (logits, "and more")])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_loss_is_known_as_the_cross_entropy_of_tokens_or_of_the_next_ones(
+    ahead: int, outputs: Callable[[Tensor], Any]
+) -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    labels[1, 3:] = -100
+    rows, words = logits[:, : 5 - ahead].flatten(0, 1), labels[:, ahead:].flatten()
+    loss = nn.functional.cross_entropy(rows, words)
+    found = as_cross_entropy(Prediction(loss, outputs(logits), labels))
+    assert found is not None and torch.equal(found[0], rows) and torch.equal(found[1], words)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        (torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.long)),  # the loss is another one
+        (torch.zeros(2, 5, 7), torch.zeros(2, dtype=torch.long)),
+        (torch.zeros(2, 5, 7), torch.zeros(2, 5)),
+        (torch.zeros(2, 5, 7), torch.zeros(2, 4, dtype=torch.long)),
+        (torch.zeros(2, 0, 7), torch.zeros(2, 0, dtype=torch.long)),
+        ("nothing", torch.zeros(2, dtype=torch.long)),
+    ],
+)
+def test_no_other_loss_is_taken_for_a_cross_entropy(logits: Any, labels: Tensor) -> None:
+    assert as_cross_entropy(Prediction(torch.tensor(0.5), logits, labels)) is None
