@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import EvalPrediction
 
 from floral_peft.federated import FederatedArguments, FederatedTrainer
 
-from .models import KINDS, clients, floral, llama, pad, resnet, texts, trainer, vit
+from .models import CLASSES, KINDS, VOCABULARY, clients, floral, llama, pad, resnet, texts, trainer, vit
 
 
 CONFIGS: list[dict[str, Any]] = [
@@ -167,3 +168,17 @@ def test_the_last_states_of_a_prompt_reach_the_head_in_one_piece() -> None:
         torch.testing.assert_close(last, model(input_ids=prompts).logits[:, -1:])
     model.unload()
     assert not head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
+def test_clients_know_their_loss_at_any_temperature_whether_it_is_of_tokens_or_of_examples(
+    tmp_path: Path, kind: str
+) -> None:
+    run = trainer(tmp_path, kind, floral(kind), router_update="posterior")
+    temperatures, rows, router = torch.tensor([1.0, 1e6]), torch.arange(4), torch.zeros(1, 1, 2)
+    with run._visit():
+        turn = run._clients.turn("client 1", run._clients.private("client 1"), 0)
+        found = turn.losses_at(temperatures, rows, router)
+        loss = run.model(**turn.examples.batch(rows)).loss
+    assert found is not None and float(found[0]) == pytest.approx(float(loss.detach()), rel=1e-3)
+    assert float(found[1]) == pytest.approx(math.log(VOCABULARY if kind == "llama" else CLASSES), rel=1e-3)
