@@ -100,6 +100,18 @@ def test_a_run_of_few_participations_goes_through_the_same_stages_sooner() -> No
     assert schedule.pace(sampled=1.0, rounds=60) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("switches", "round", "gone"), [(0.0, 15, [3, 2]), (60.0, 15, []), (60.0, 30, [3]), (60.0, 150, [3, 2])]
+)
+def test_while_clients_still_change_their_adaptors_only_the_dead_go_and_these_not_soon(
+    tmp_path: Path, switches: float, round: int, gone: list[int]
+) -> None:
+    args = trainer(tmp_path, model=started(), router_update="posterior", rounds=300).args
+    memory = {"usage": USAGE, "losses": losses_of(MEANS), "squares": torch.zeros(5, 5)}
+    memory |= {"switches": torch.tensor([switches]), "visits": USAGE.sum().view(1)}
+    assert [drop.adaptor for drop in Posterior(args).prune(memory, round)] == gone
+
+
 # They are gone
 
 

@@ -115,13 +115,17 @@ def expected(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return theta, memory
 
 
-def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_of_it(tmp_path: Path) -> None:
+def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "HELD_OUT_FROM", 0.0)
     run, _ = two_rounds(tmp_path)
     for client_id, theta in expected(run)[0].items():
         assert torch.allclose(run._store.get(client_id)[run._routers.name].flatten(), theta, atol=1e-3)
 
 
-def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path) -> None:
+def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "HELD_OUT_FROM", 0.0)
     run, memory = two_rounds(tmp_path)
     for name, value in expected(run)[1].items():
         assert torch.allclose(memory[name], value, atol=1e-3), name
@@ -246,10 +250,26 @@ def test_clients_with_many_examples_look_at_some_of_them_before_they_train(tmp_p
     run = trainer(tmp_path, model=started(), dataset=clients, rounds=1, **POSTERIOR)
     state = ServerState.of(run.model, run._groups, run._update.start(2))
     with run._visit():
-        training = run._clients.turn(0, run._clients.private(0), 0, state)
+        training = run._clients.turn(0, run._clients.private(0), 10, state)
         evaluated = run._clients.turn(0, run._clients.private(0), 0)
         assert [len(part) for part in run._update.examined(training)] == [10, 95]
         assert [len(part) for part in run._update.examined(evaluated)] == [200]
+
+
+@pytest.mark.parametrize(
+    ("settings", "round", "looked_at"),
+    [({}, 0, [16]), ({}, 10, [10, 16]), ({}, 20, [10, 32]), ({"optimizer": "adamw"}, 0, [10, 16])],
+)
+def test_in_the_first_rounds_they_look_at_few_and_by_sgd_at_none_that_is_held_out(
+    tmp_path: Path, settings: dict[str, Any], round: int, looked_at: list[int]
+) -> None:
+    data = {"points": torch.randn(200, 4).tolist(), "labels": [0] * 200}
+    clients = FederatedDataset({k: {"train": Dataset.from_dict(data)} for k in range(2)})
+    run = trainer(tmp_path, model=started(), dataset=clients, rounds=59, local_steps=1, **settings, **POSTERIOR)
+    state = ServerState.of(run.model, run._groups, run._update.start(2))
+    with run._visit():
+        turn = run._clients.turn(0, run._clients.private(0), round, state)
+        assert [len(part) for part in run._update.examined(turn)] == looked_at
 
 
 def test_local_steps_leave_a_posterior_alone(tmp_path: Path) -> None:

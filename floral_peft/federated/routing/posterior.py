@@ -12,7 +12,7 @@ from torch import Tensor
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.routing import schedule, sharing
 from floral_peft.federated.routing.balance import balance
-from floral_peft.federated.routing.prune import LEAST_REGRET, Drop, cut, prune, regrets
+from floral_peft.federated.routing.prune import LEAST_REGRET, Drop, cut, dead, prune, regrets
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
@@ -126,8 +126,9 @@ class Posterior(RouterUpdate):
     def prune(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
         """Dead and dispensable adaptors, by U, N and S, from time to time.
 
-        None goes before the search ends as long as many clients still change theirs, as adaptors have not parted yet;
-        nor soon after, as adaptors that have just been compressed are alike.
+        While clients search, and many still change their adaptor, adaptors have not parted yet: only the dead go, and
+        these not before the search might have been over. None goes soon after it, as adaptors that have just been
+        compressed are alike.
         """
         if not self.args.prune_adaptors or not schedule.pruning_due(round, self._pace):
             return []
@@ -135,6 +136,8 @@ class Posterior(RouterUpdate):
             ready = round - int(memory[_SEARCHED]) >= schedule.recovered_rounds(self._pace, self.args.rounds)
         else:
             ready = _settled(memory) or self._over(memory, round)
+            if not ready and round >= schedule.searched_rounds(self._pace, self.args.rounds)[0]:
+                return dead(memory["usage"]) if float(memory["usage"].sum()) else []
         return prune(memory["usage"], memory["losses"], self._errors(memory)) if ready else []
 
     def pools(self, memory: Mapping[str, Tensor], round: int) -> list[Drop]:
@@ -232,8 +235,8 @@ class Posterior(RouterUpdate):
             losses = seen + _optimism(turn.memory) * routers.mixture_of(before)
         if turn.training and not chosen and done < schedule.BALANCED:
             before = self._given(before, turn.lot % before.shape[-1], turn)
-        early = turn.training and done < schedule.BALANCED
-        count = min(len(others), schedule.EARLY_EXAMPLES) if early else len(others)
+        most = self._counts(turn)
+        count = len(others) if most is None else min(len(others), most)
         kept = routers.less(schedule.CLIENT_MEMORY * before, count * losses)
         kept = kept - kept.amax(dim=-1, keepdim=True)
         if not turn.training:
@@ -291,16 +294,24 @@ class Posterior(RouterUpdate):
         return torch.arange(0), torch.arange(turn.num_examples)
 
     def _examined(self, held_out: Tensor, others: Tensor, turn: Turn) -> list[Tensor]:
+        if self._by_sgd and turn.round * self._pace < schedule.HELD_OUT_FROM:
+            held_out = held_out[:0]
         return [rows for rows in (held_out, self._some(others, turn)) if len(rows)]
 
     def _some(self, rows: Tensor, turn: Turn) -> Tensor:
         """So many examples as losses are looked at on, other ones each round."""
         most = schedule.EVIDENCE_EXAMPLES
         if turn.training:
-            most = schedule.evidence_examples(self._trained(len(rows)), turn.private[turn.routers.name].shape[-1])
+            least = schedule.EVIDENCE_LEAST if self._counts(turn) is None else schedule.EVIDENCE_EARLY
+            adaptors = turn.private[turn.routers.name].shape[-1]
+            most = schedule.evidence_examples(self._trained(len(rows)), adaptors, least)
         if len(rows) <= most:
             return rows
         return rows[_drawn(len(rows), most, derive_seed(self.args.seed, "evidence", turn.round, turn.client_id))]
+
+    def _counts(self, turn: Turn) -> int | None:
+        """As how many examples at most a client's losses count; None: as all of them."""
+        return schedule.EARLY_EXAMPLES if turn.training and turn.round * self._pace < schedule.BALANCED else None
 
     def _trained(self, held: int) -> int:
         """On how many examples a client trains in a round that holds so many, each as often as it comes."""

@@ -89,13 +89,8 @@ def prune(usage: Tensor, losses: Tensor, errors: Tensor | None = None) -> list[D
     """
     if not bool(usage.sum() > 0):
         return []
-    shares = usage / usage.sum()
-    alive = list(range(len(usage)))
-    drops = []
-    for adaptor in shares.argsort(stable=True).tolist():
-        if float(shares[adaptor]) < LEAST_SHARE and len(alive) > FEWEST:
-            drops.append(Drop(adaptor, "dead", float(shares[adaptor])))
-            alive.remove(adaptor)
+    drops = dead(usage)
+    alive = sorted(set(range(len(usage))) - {drop.adaptor for drop in drops})
     for _ in range(max(1, int(MOST_AT_ONCE * len(alive)))):
         found = _least_regretted(usage, losses, alive, errors)
         if found is None or found.regret is None or found.regret >= LEAST_REGRET:
@@ -103,6 +98,17 @@ def prune(usage: Tensor, losses: Tensor, errors: Tensor | None = None) -> list[D
         drops.append(found)
         alive.remove(found.adaptor)
     return drops
+
+
+def dead(usage: Tensor) -> list[Drop]:
+    """The adaptors that nobody uses, in the order in which they go.
+
+    Args:
+        usage: U, (C,); not all of it 0.
+    """
+    shares = usage / usage.sum()
+    unused = [adaptor for adaptor in shares.argsort(stable=True).tolist() if float(shares[adaptor]) < LEAST_SHARE]
+    return [Drop(adaptor, "dead", float(shares[adaptor])) for adaptor in unused[: len(usage) - FEWEST]]
 
 
 def cut(usage: Tensor, losses: Tensor, most: int) -> list[Drop]:

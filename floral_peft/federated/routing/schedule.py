@@ -61,9 +61,14 @@ SEARCHED = 30.0
 #: For so many participations after that none goes: compressed adaptors are alike until they have learned again. (Of a
 #: run of fewer than [`WHOLE`] rounds, in which a round cannot count for more, it is the same share.)
 RECOVERED = 10.0
-#: Losses are looked at on so many of a client's examples at most, and in a round on no fewer than these.
+#: Losses are looked at on so many of a client's examples at most; in a round on no fewer than these, and on no fewer
+#: than those while they count for [`EARLY_EXAMPLES`] at most.
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32
+EVIDENCE_EARLY = 16
+#: By SGD clients look at what they hold out after so many participations only: what the server is told fades before
+#: anything is pruned. (By AdamW a client's examples flatter its adaptor from the first visit on.)
+HELD_OUT_FROM = 10.0
 #: By SGD, if that costs more than a third of what training costs, a client looks in every second round only, unless it
 #: comes fewer than [`WHOLE`] times. (By AdamW a client knows its examples by heart after a visit or two, and
 #: should not stay where it is for another.)
@@ -133,7 +138,7 @@ def pruning_due(round: int, pace: float) -> bool:
     return 0 <= events[1] > events[0]
 
 
-def evidence_examples(trained: int, adaptors: int) -> int:
+def evidence_examples(trained: int, adaptors: int, least: int = EVIDENCE_LEAST) -> int:
     """On how many of its examples a client looks at the losses of the pure models before it trains.
 
     An example's loss is a pass forward for each adaptor, and a step of training about three passes: to look costs a
@@ -142,5 +147,6 @@ def evidence_examples(trained: int, adaptors: int) -> int:
     Args:
         trained: How many examples it trains on in a round, each as often as it comes.
         adaptors: C.
+        least: On how many at least.
     """
-    return min(max(EVIDENCE_LEAST, trained // adaptors), EVIDENCE_EXAMPLES)
+    return min(max(least, trained // adaptors), EVIDENCE_EXAMPLES)
