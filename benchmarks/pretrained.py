@@ -109,7 +109,7 @@ VISION: dict[str, Any] = {
 }
 VIT: dict[str, Any] = VISION | {
     "model": vit,
-    "size": Size(clients=12, examples=40, tests=50, side=32, layers=4),
+    "size": Size(clients=12, examples=40, tests=50, side=0, layers=0),
     "layers": ["q_proj", "v_proj", "fc2", "classifier"],
 }
 PARTS = {

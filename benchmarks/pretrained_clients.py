@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -52,7 +53,7 @@ class Size:
         clients: Clients, of [`CLUSTERS`] clusters in turn (roles: of none that is known).
         examples: Training examples of each.
         tests: Test examples of each.
-        side: Height and width of images, and tokens of a text.
+        side: Height and width of images (a ViT has its own), and tokens of a text.
         layers: How many layers, from the top, are adapted; of ResNet-50 convolutions of its last block, 3 at most; of
             a ViT all of them are.
         assets: A folder with the models and datasets; None: from the hub.
@@ -126,7 +127,7 @@ def _below(size: Size, pixels: Tensor) -> dict[str, np.ndarray]:
     *blocks, last = [block for stage in resnet.encoder.stages for block in stage.layers]
     inputs, shortcut = [], []
     for batch in pixels.split(50):
-        hidden = resnet.embedder(_normalised(size, "resnet50", batch).to(size.device))
+        hidden = resnet.embedder(_normalised(size, "resnet50", batch, size.side).to(size.device))
         for block in blocks:
             hidden = block(hidden)
         shortcut.append(hidden.cpu())
@@ -144,15 +145,16 @@ def vit(size: Size) -> nn.Module:
 
 def _for_vit(size: Size, pixels: Tensor) -> dict[str, np.ndarray]:
     """What a ViT takes, of images (examples, 3, height, width) in [0, 1]."""
-    return {"pixel_values": _normalised(size, "vit", pixels).numpy()}
+    side = AutoConfig.from_pretrained(size.place("vit")).image_size  # a ViT takes no other
+    return {"pixel_values": _normalised(size, "vit", pixels, side).numpy()}
 
 
-def _normalised(size: Size, name: str, pixels: Tensor) -> Tensor:
-    """Images of a model's size, by its own mean and deviation of each colour."""
+def _normalised(size: Size, name: str, pixels: Tensor, side: int) -> Tensor:
+    """Images of so many pixels a side, by the model's own mean and deviation of each colour."""
     processor: Any = AutoImageProcessor.from_pretrained(size.place(name))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    if pixels.shape[-1] != size.side:
-        pixels = nn.functional.interpolate(pixels, size=(size.side, size.side), mode="bicubic").clamp(0, 1)
+    if pixels.shape[-1] != side:
+        pixels = nn.functional.interpolate(pixels, size=(side, side), mode="bicubic").clamp(0, 1)
     return (pixels - mean) / std
 
 

@@ -51,6 +51,7 @@ def main() -> None:
             intermediate_size=192, num_labels=CLASSES,
         )
     )  # fmt: skip
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(given.assets / "vit")
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.05)
     steps = given.epochs * (len(labels) // BATCH)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -69,7 +70,6 @@ def main() -> None:
         right = float((found == torch.tensor(test.labels)).float().mean())
         print(f"epoch {epoch + 1}: {right:.1%} of the test images, {time.perf_counter() - began:.0f} s", flush=True)
         model.save_pretrained(given.assets / "vit")
-    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(given.assets / "vit")
 
 
 if __name__ == "__main__":

@@ -298,6 +298,8 @@ def as_cross_entropy(prediction: Prediction) -> tuple[Tensor, Tensor] | None:
 
 
 def _is_cross_entropy(loss: Tensor, logits: Tensor, labels: Tensor) -> bool:
+    if labels.dtype != torch.long:  # what the cross entropy takes
+        return False
     counted = labels[labels != _LEFT_OUT]
     if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
         return False

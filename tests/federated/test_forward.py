@@ -255,9 +255,18 @@ def test_a_loss_is_known_as_the_cross_entropy_of_tokens_or_of_the_next_ones(
         (torch.zeros(2, 5, 7), torch.zeros(2, dtype=torch.long)),
         (torch.zeros(2, 5, 7), torch.zeros(2, 5)),
         (torch.zeros(2, 5, 7), torch.zeros(2, 4, dtype=torch.long)),
+        (torch.zeros(2, 5, 7), torch.zeros(2, 5, dtype=torch.int32)),
+        (torch.zeros(2, 5, 7), torch.full((2, 5), 7)),
         (torch.zeros(2, 0, 7), torch.zeros(2, 0, dtype=torch.long)),
         ("nothing", torch.zeros(2, dtype=torch.long)),
     ],
 )
 def test_no_other_loss_is_taken_for_a_cross_entropy(logits: Any, labels: Tensor) -> None:
     assert as_cross_entropy(Prediction(torch.tensor(0.5), logits, labels)) is None
+
+
+@pytest.mark.parametrize("more", [{"label_smoothing": 0.1}, {"weight": torch.arange(1.0, 8)}, {"reduction": "sum"}])
+def test_nor_is_one_that_weighs_or_smooths_the_labels(more: dict[str, Any]) -> None:
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), **more)
+    assert as_cross_entropy(Prediction(loss, logits, labels)) is None

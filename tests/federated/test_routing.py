@@ -101,6 +101,8 @@ def expected(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             kept_back, others = hold_out(len(data), derive_seed(42, "held out", client_id))
             seen = pure_losses(run, client_id, data=data.select(others))
             told = pure_losses(run, client_id, data=data.select(kept_back)).double()
+            if round < schedule.held_out_from(1.0, 4):
+                told = seen.double()
             own = optimism * torch.softmax(before, dim=0) if round else 0
             after = schedule.CLIENT_MEMORY * before - min(len(others), schedule.EARLY_EXAMPLES) * (seen + own)
             mixture = torch.softmax(after.double() - handicap, dim=0)
@@ -115,21 +117,25 @@ def expected(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return theta, memory
 
 
+@pytest.mark.parametrize("held_out_from", [0.0, schedule.HELD_OUT_FROM, 60.0])
 def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_from: float
 ) -> None:
-    monkeypatch.setattr(schedule, "HELD_OUT_FROM", 0.0)
+    monkeypatch.setattr(schedule, "HELD_OUT_FROM", held_out_from)
     run, _ = two_rounds(tmp_path)
     for client_id, theta in expected(run)[0].items():
         assert torch.allclose(run._store.get(client_id)[run._routers.name].flatten(), theta, atol=1e-3)
 
 
-def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "HELD_OUT_FROM", 0.0)
+@pytest.mark.parametrize("held_out_from", [0.0, schedule.HELD_OUT_FROM, 60.0])
+def test_the_server_remembers_fading_sums_over_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_from: float
+) -> None:
+    monkeypatch.setattr(schedule, "HELD_OUT_FROM", held_out_from)
     run, memory = two_rounds(tmp_path)
     for name, value in expected(run)[1].items():
         assert torch.allclose(memory[name], value, atol=1e-3), name
-    assert float(memory["optimism"].abs()) > 0.01
+    assert (float(memory["optimism"].abs()) > 0.01) is (held_out_from < 60)
 
 
 @pytest.mark.parametrize(("loss", "leaves"), [(0.0, False), (9.0, True)])
@@ -224,6 +230,14 @@ def test_until_the_search_ends_clients_do_not_train_on_what_is_held_out(tmp_path
             assert len(run._arrivals(turn).trains_on) == trained
 
 
+def test_who_has_one_adaptor_holds_nothing_out(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=floral_net(num_adaptors=1), rounds=300, **POSTERIOR)
+    state = ServerState.of(run.model, run._groups, run._update.start(1))
+    with run._visit():
+        turn = run._clients.turn("client 0", run._clients.private("client 0"), 0, state)
+        assert len(run._arrivals(turn).trains_on or turn.examples) == 12
+
+
 def test_losses_are_looked_at_on_so_many_examples_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(schedule, "EVIDENCE_EXAMPLES", 5)
@@ -258,14 +272,22 @@ def test_clients_with_many_examples_look_at_some_of_them_before_they_train(tmp_p
 
 @pytest.mark.parametrize(
     ("settings", "round", "looked_at"),
-    [({}, 0, [16]), ({}, 10, [10, 16]), ({}, 20, [10, 32]), ({"optimizer": "adamw"}, 0, [10, 16])],
+    [
+        ({}, 0, [16]),
+        ({}, 10, [10, 16]),
+        ({}, 20, [10, 32]),
+        ({"optimizer": "adamw"}, 0, [10, 16]),
+        ({"rounds": 12}, 1, [16]),
+        ({"rounds": 12}, 2, [10, 16]),
+    ],
 )
 def test_in_the_first_rounds_they_look_at_few_and_by_sgd_at_none_that_is_held_out(
     tmp_path: Path, settings: dict[str, Any], round: int, looked_at: list[int]
 ) -> None:
     data = {"points": torch.randn(200, 4).tolist(), "labels": [0] * 200}
     clients = FederatedDataset({k: {"train": Dataset.from_dict(data)} for k in range(2)})
-    run = trainer(tmp_path, model=started(), dataset=clients, rounds=59, local_steps=1, **settings, **POSTERIOR)
+    settings = {"rounds": 59, "local_steps": 1} | settings | POSTERIOR
+    run = trainer(tmp_path, model=started(), dataset=clients, **settings)
     state = ServerState.of(run.model, run._groups, run._update.start(2))
     with run._visit():
         turn = run._clients.turn(0, run._clients.private(0), round, state)

@@ -43,7 +43,8 @@ class Posterior(RouterUpdate):
 
     Until the search ends, a client keeps some of its examples back: see [`hold_out`]. On the others the adaptor that
     it has trained looks better than it is. How much better, on average over the clients, is added to that adaptor's
-    loss: few clients would otherwise stay for ever with what each has trained alone.
+    loss until the search may end: few clients would otherwise stay for ever with what each has trained alone, and with
+    it they would never settle.
 
     By SGD, where looking is dear, a client that comes often looks in every second round only, and keeps its router if
     it comes in another.
@@ -52,11 +53,11 @@ class Posterior(RouterUpdate):
     with that of the adaptors' mean; if the latter is better on what they keep back, all adaptors become one.
 
     The server learns, beside the aggregate, sums over the cohort. Five are over the clients that look: the usage
-    Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on the examples kept back, the squares of their differences
-    Σ_k π_ka (f̃_kb − f̃_ka)², by how much all losses are higher there than on the others, and how many clients' best
-    adaptor has changed for one that is no duplicate of it. Another is how many have come, be it to look or not; the
-    rest is that comparison's. It remembers them with a fading memory, the first three as U, N and S. By these it
-    removes adaptors: see [`prune`].
+    Σ_k π_k, the losses Σ_k π_kᵀ f̃_k on the examples kept back (at first, by SGD, on the others), the squares of their
+    differences Σ_k π_ka (f̃_kb − f̃_ka)², by how much all losses are higher there than on the others, and how many
+    clients' best adaptor has changed for one that is no duplicate of it. Another is how many have come, be it to look
+    or not; the rest is that comparison's. It remembers them with a fading memory, the first three as U, N and S. By
+    these it removes adaptors: see [`prune`].
     """
 
     name = "posterior"
@@ -231,7 +232,7 @@ class Posterior(RouterUpdate):
         seen = as_log_likelihoods(losses, turn)
         chosen = _chooses(before)
         losses = seen
-        if chosen and len(held_out):
+        if chosen and len(held_out) and turn.round < schedule.searched_rounds(self._pace, self.args.rounds)[0]:
             losses = seen + _optimism(turn.memory) * routers.mixture_of(before)
         if turn.training and not chosen and done < schedule.BALANCED:
             before = self._given(before, turn.lot % before.shape[-1], turn)
@@ -289,12 +290,13 @@ class Posterior(RouterUpdate):
 
     def _split(self, turn: Turn) -> tuple[Tensor, Tensor]:
         """The rows of the examples that it does not train on for now, and of the others."""
-        if turn.training and _SEARCHED not in turn.memory:
+        several = turn.private[turn.routers.name].shape[-1] > 1
+        if turn.training and several and _SEARCHED not in turn.memory:
             return hold_out(turn.num_examples, derive_seed(self.args.seed, "held out", turn.client_id))
         return torch.arange(0), torch.arange(turn.num_examples)
 
     def _examined(self, held_out: Tensor, others: Tensor, turn: Turn) -> list[Tensor]:
-        if self._by_sgd and turn.round * self._pace < schedule.HELD_OUT_FROM:
+        if self._by_sgd and turn.round < schedule.held_out_from(self._pace, self.args.rounds):
             held_out = held_out[:0]
         return [rows for rows in (held_out, self._some(others, turn)) if len(rows)]
 
@@ -358,7 +360,7 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return drawn.nonzero().squeeze(1), drawn.logical_not().nonzero().squeeze(1)
 
 
-@lru_cache(maxsize=4096)  # what a client has drawn is asked for twice at each visit, or the same at all of them
+@lru_cache(maxsize=128)  # what a client draws is asked for when it looks and again when it arrives
 def _drawn(count: int, drawn: int, seed: int) -> Tensor:
     """Some of so many rows, ascending; not to be written to."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:drawn].sort().values

@@ -66,8 +66,9 @@ RECOVERED = 10.0
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32
 EVIDENCE_EARLY = 16
-#: By SGD clients look at what they hold out after so many participations only: what the server is told fades before
-#: anything is pruned. (By AdamW a client's examples flatter its adaptor from the first visit on.)
+#: By SGD clients look at what they hold out after so many participations only (of a run of fewer than [`WHOLE`]
+#: rounds, the same share): most of what the server was told until then has faded when adaptors are first looked at.
+#: (By AdamW a client's examples flatter its adaptor from the first visit on.)
 HELD_OUT_FROM = 10.0
 #: By SGD, if that costs more than a third of what training costs, a client looks in every second round only, unless it
 #: comes fewer than [`WHOLE`] times. (By AdamW a client knows its examples by heart after a visit or two, and
@@ -114,7 +115,7 @@ def recovered_rounds(pace: float, rounds: int) -> float:
         pace: See [`pace`].
         rounds: The rounds of the run.
     """
-    return RECOVERED / pace * min(1.0, rounds * pace / WHOLE)
+    return _share(RECOVERED, pace, rounds)
 
 
 def pooled_from(pace: float, rounds: int) -> float:
@@ -124,7 +125,22 @@ def pooled_from(pace: float, rounds: int) -> float:
         pace: See [`pace`].
         rounds: The rounds of the run.
     """
-    return POOLED_FROM / pace * min(1.0, rounds * pace / WHOLE)
+    return _share(POOLED_FROM, pace, rounds)
+
+
+def held_out_from(pace: float, rounds: int) -> float:
+    """From which round on clients look at what they hold out.
+
+    Args:
+        pace: See [`pace`].
+        rounds: The rounds of the run.
+    """
+    return _share(HELD_OUT_FROM, pace, rounds)
+
+
+def _share(participations: float, pace: float, rounds: int) -> float:
+    """So many participations in rounds; of a run that has fewer than [`WHOLE`], the same share of it."""
+    return participations / pace * min(1.0, rounds * pace / WHOLE)
 
 
 def pruning_due(round: int, pace: float) -> bool:
