@@ -10,6 +10,7 @@ Everything is at the defaults of the task and the package but for what stands be
     unequal   300 clients of MNIST in clusters of 60, 25, 10 and 5 % of them
     alike     25 clients of digits that do not differ
     moving    half-way a quarter of the clients change places with a client of the next cluster
+    norm      the net of digits with a batch norm
 
 Prints a line per run and appends it to --json, which then holds a list: the accuracy (regression: the squared error)
 over all and by cluster, the adjusted Rand index, how many adaptors are left; and of clients that moved the accuracy
@@ -23,6 +24,7 @@ import json
 import tempfile
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +34,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from sklearn.datasets import load_digits
+from torch import nn
 from transformers import TrainerCallback
 
 from floral_peft import FederatedDataset, FederatedTrainer
@@ -81,6 +84,12 @@ def alike(seed: int) -> FederatedDataset:
         tests = round(0.3 * len(rows))
         clients[client] = DatasetDict(train=held.select(range(tests, len(rows))), test=held.select(range(tests)))
     return FederatedDataset(clients, clusters=dict.fromkeys(clients, 0))
+
+
+def normed_model() -> nn.Module:
+    """The net of digits with a batch norm."""
+    hidden, norm, output = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 10)
+    return nn.Sequential(OrderedDict(hidden=hidden, norm=norm, relu=nn.ReLU(), output=output))
 
 
 def moved(clients: FederatedDataset) -> tuple[FederatedDataset, list[int]]:
@@ -134,6 +143,8 @@ def at_home(trainer: FederatedTrainer, clients: list[int]) -> dict[str, float]:
 def trained(settings: Settings, method: str, clients: FederatedDataset, case: str) -> Iterator[dict[str, Any]]:
     """The figures of a run."""
     args = settings.federated
+    if case == "norm":
+        settings = replace(settings, task=replace(settings.task, model=normed_model))
     with tempfile.TemporaryDirectory() as folder:
         args = replace(args, output_dir=folder, eval_steps=None, disable_tqdm=True)
         if case != "moving":
@@ -161,7 +172,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="digits")
     parser.add_argument("--methods", default="floral,floral+optimal_routing")
     parser.add_argument("--seeds", default="42")
-    parser.add_argument("--case", default="plain", choices=("plain", "unequal", "alike", "moving"))
+    parser.add_argument("--case", default="plain", choices=("plain", "unequal", "alike", "moving", "norm"))
     parser.add_argument("--data", help="folder of the tasks' datasets")
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*")
