@@ -130,7 +130,7 @@ class Adaptors:
         if drops := self._update.prune(server.routing, server.round):
             found["pruned"] = told(drops, server.adaptors)
             server = self._without(server, [drop.adaptor for drop in drops])
-        if self._update.searched(server.routing, server.round):
+        if self._update.searched(server.routing, server.round, self._most):
             server, more = self.end_search(server)
             found = {**more, "pruned": found.get("pruned", []) + more["pruned"]}
         return server, found

@@ -75,12 +75,18 @@ def test_no_step_of_an_adaptor_is_long_at_a_high_rate(tmp_path: Path, rate: floa
     assert get_router_update(args).settle(args, {}, 0).max_step_norm == pytest.approx(longest)
 
 
-@pytest.mark.parametrize(("switches", "ends"), [(0.5, 30), (1.5, 50)])
-def test_a_search_goes_on_while_clients_change_their_adaptors(tmp_path: Path, switches: float, ends: int) -> None:
-    update = get_router_update(FederatedArguments(output_dir=str(tmp_path), rounds=100))
+@pytest.mark.parametrize(
+    ("switches", "most", "prunes", "ends"),
+    [(0.5, 4, True, 30), (1.5, 4, True, 50), (0.5, 3, True, 50), (0.5, 3, False, 30)],
+)
+def test_a_search_goes_on_while_clients_change_their_adaptors_or_have_more_than_may_stay(
+    tmp_path: Path, switches: float, most: int, prunes: bool, ends: int
+) -> None:
+    args = FederatedArguments(output_dir=str(tmp_path), rounds=100, prune_adaptors=prunes)
+    update = get_router_update(args)
     memory = {"usage": torch.full((4,), 2.5), "switches": torch.tensor([switches])}  # of ten clients
-    assert [round for round in range(1, 101) if update.searched(memory, round)] == list(range(ends, 101))
-    assert not update.searched(update.settled(memory, ends), 100)  # it ends once
+    assert [round for round in range(1, 101) if update.searched(memory, round, most)] == list(range(ends, 101))
+    assert not update.searched(update.settled(memory, ends), 100, most)  # it ends once
 
 
 def test_after_the_search_the_loss_is_plain_and_adaptors_slow_down_to_the_bases_rate(tmp_path: Path) -> None:

@@ -136,8 +136,9 @@ class Posterior(RouterUpdate):
         if _SEARCHED in memory:
             ready = round - int(memory[_SEARCHED]) >= schedule.recovered_rounds(self._pace, self.args.rounds)
         else:
-            ready = _settled(memory) or self._over(memory, round)
-            if not ready and round >= schedule.searched_rounds(self._pace, self.args.rounds)[0]:
+            least, half = schedule.searched_rounds(self._pace, self.args.rounds)
+            ready = _settled(memory) or round >= half
+            if not ready and round >= least:
                 return dead(memory["usage"]) if float(memory["usage"].sum()) else []
         return prune(memory["usage"], memory["losses"], self._errors(memory)) if ready else []
 
@@ -161,13 +162,13 @@ class Posterior(RouterUpdate):
         """`search_r`; by default enough for clusters that differ in much."""
         return schedule.SEARCH_RANK if self.args.search_r is None else self.args.search_r
 
-    def searched(self, memory: Mapping[str, Tensor], round: int) -> bool:
-        """Once clients have had the time to find their adaptors and stay with them, or half of the run is over."""
-        return _SEARCHED not in memory and self._over(memory, round)
-
-    def _over(self, memory: Mapping[str, Tensor], round: int) -> bool:
-        least, most = schedule.searched_rounds(self._pace, self.args.rounds)
-        return round >= most or (round >= least and _settled(memory))
+    def searched(self, memory: Mapping[str, Tensor], round: int, most: int) -> bool:
+        """Once clients have found their adaptors, stay with them and need no more than may stay; or half-way."""
+        if _SEARCHED in memory:
+            return False
+        least, half = schedule.searched_rounds(self._pace, self.args.rounds)
+        few = len(memory["usage"]) <= most or not self.args.prune_adaptors
+        return round >= half or (round >= least and _settled(memory) and few)
 
     def cut(self, memory: Mapping[str, Tensor], most: int) -> list[Drop]:
         """The least regretted."""

@@ -105,12 +105,13 @@ class RouterUpdate:
         """The least rank that they have meanwhile; None: what they have."""
         return None
 
-    def searched(self, memory: Mapping[str, Tensor], round: int) -> bool:
+    def searched(self, memory: Mapping[str, Tensor], round: int, most: int) -> bool:
         """Whether the search ends after a round: clients know their adaptors by now. It ends once.
 
         Args:
             memory: What the server remembers.
             round: The round, from 1.
+            most: How many adaptors may stay.
         """
         return False
 
