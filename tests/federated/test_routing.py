@@ -122,6 +122,7 @@ def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_from: float
 ) -> None:
     monkeypatch.setattr(schedule, "HELD_OUT_FROM", held_out_from)
+    monkeypatch.setattr(schedule, "EVIDENCE_EARLY", 8)  # clients have 12
     run, _ = two_rounds(tmp_path)
     for client_id, theta in expected(run)[0].items():
         assert torch.allclose(run._store.get(client_id)[run._routers.name].flatten(), theta, atol=1e-3)
@@ -132,6 +133,7 @@ def test_the_server_remembers_fading_sums_over_clients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_from: float
 ) -> None:
     monkeypatch.setattr(schedule, "HELD_OUT_FROM", held_out_from)
+    monkeypatch.setattr(schedule, "EVIDENCE_EARLY", 8)  # clients have 12
     run, memory = two_rounds(tmp_path)
     for name, value in expected(run)[1].items():
         assert torch.allclose(memory[name], value, atol=1e-3), name
@@ -228,6 +230,19 @@ def test_until_the_search_ends_clients_do_not_train_on_what_is_held_out(tmp_path
         with run._visit():
             turn = run._clients.turn("client 0", run._clients.private("client 0"), round, state)
             assert len(run._arrivals(turn).trains_on) == trained
+
+
+@pytest.mark.parametrize(("count", "looked_at"), [(16, [1, 15]), (17, [16])])
+def test_who_has_few_examples_looks_at_those_held_out_from_the_first_round(
+    tmp_path: Path, count: int, looked_at: list[int]
+) -> None:
+    data = {"points": torch.randn(count, 4).tolist(), "labels": [0] * count}
+    clients = FederatedDataset({k: {"train": Dataset.from_dict(data)} for k in range(2)})
+    run = trainer(tmp_path, model=started(), dataset=clients, rounds=60, **POSTERIOR)
+    state = ServerState.of(run.model, run._groups, run._update.start(2))
+    with run._visit():
+        turn = run._clients.turn(0, run._clients.private(0), 0, state)
+        assert [len(part) for part in run._update.examined(turn)] == looked_at
 
 
 def test_who_has_one_adaptor_holds_nothing_out(tmp_path: Path) -> None:

@@ -297,7 +297,8 @@ class Posterior(RouterUpdate):
         return torch.arange(0), torch.arange(turn.num_examples)
 
     def _examined(self, held_out: Tensor, others: Tensor, turn: Turn) -> list[Tensor]:
-        if self._by_sgd and turn.round < schedule.held_out_from(self._pace, self.args.rounds):
+        early = self._by_sgd and turn.round < schedule.held_out_from(self._pace, self.args.rounds)
+        if early and len(held_out) + len(others) > schedule.EVIDENCE_EARLY:
             held_out = held_out[:0]
         return [rows for rows in (held_out, self._some(others, turn)) if len(rows)]
 

@@ -66,9 +66,9 @@ RECOVERED = 10.0
 EVIDENCE_EXAMPLES = 256
 EVIDENCE_LEAST = 32
 EVIDENCE_EARLY = 16
-#: By SGD clients look at what they hold out after so many participations only (of a run of fewer than [`WHOLE`]
-#: rounds, the same share): most of what the server was told until then has faded when adaptors are first looked at.
-#: (By AdamW a client's examples flatter its adaptor from the first visit on.)
+#: By SGD clients of more examples than that look at what they hold out after so many participations only (of a run of
+#: fewer than [`WHOLE`] rounds, the same share): most of what the server was told until then has faded when adaptors
+#: are first looked at. (By AdamW a client's examples flatter its adaptor from the first visit on.)
 HELD_OUT_FROM = 10.0
 #: By SGD, if that costs more than a third of what training costs, a client looks in every second round only, unless it
 #: comes fewer than [`WHOLE`] times. (By AdamW a client knows its examples by heart after a visit or two, and
