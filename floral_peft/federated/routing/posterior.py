@@ -43,8 +43,7 @@ class Posterior(RouterUpdate):
 
     Until the search ends, a client keeps some of its examples back: see [`hold_out`]. On the others the adaptor that
     it has trained looks better than it is. How much better, on average over the clients, is added to that adaptor's
-    loss until the search may end: few clients would otherwise stay for ever with what each has trained alone, and with
-    it they would never settle.
+    loss: few clients would otherwise stay for ever with what each has trained alone, and be taken for settled.
 
     By SGD, where looking is dear, a client that comes often looks in every second round only, and keeps its router if
     it comes in another.
@@ -233,7 +232,7 @@ class Posterior(RouterUpdate):
         seen = as_log_likelihoods(losses, turn)
         chosen = _chooses(before)
         losses = seen
-        if chosen and len(held_out) and turn.round < schedule.searched_rounds(self._pace, self.args.rounds)[0]:
+        if chosen and len(held_out):
             losses = seen + _optimism(turn.memory) * routers.mixture_of(before)
         if turn.training and not chosen and done < schedule.BALANCED:
             before = self._given(before, turn.lot % before.shape[-1], turn)
