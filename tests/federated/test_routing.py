@@ -117,23 +117,23 @@ def expected(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return theta, memory
 
 
-@pytest.mark.parametrize("held_out_from", [0.0, schedule.HELD_OUT_FROM, 60.0])
-def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_from: float
-) -> None:
-    monkeypatch.setattr(schedule, "HELD_OUT_FROM", held_out_from)
+@pytest.fixture(params=[0.0, schedule.HELD_OUT_FROM, 60.0])
+def held_out_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Clients look at what they hold out from the first round on, from the second, or never."""
+    first: float = request.param
+    monkeypatch.setattr(schedule, "HELD_OUT_FROM", first)
     monkeypatch.setattr(schedule, "EVIDENCE_EARLY", 8)  # clients have 12
+    return first
+
+
+@pytest.mark.usefixtures("held_out_from")
+def test_a_client_keeps_its_posterior_without_the_balance_and_remembers_little_of_it(tmp_path: Path) -> None:
     run, _ = two_rounds(tmp_path)
     for client_id, theta in expected(run)[0].items():
         assert torch.allclose(run._store.get(client_id)[run._routers.name].flatten(), theta, atol=1e-3)
 
 
-@pytest.mark.parametrize("held_out_from", [0.0, schedule.HELD_OUT_FROM, 60.0])
-def test_the_server_remembers_fading_sums_over_clients(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out_from: float
-) -> None:
-    monkeypatch.setattr(schedule, "HELD_OUT_FROM", held_out_from)
-    monkeypatch.setattr(schedule, "EVIDENCE_EARLY", 8)  # clients have 12
+def test_the_server_remembers_fading_sums_over_clients(tmp_path: Path, held_out_from: float) -> None:
     run, memory = two_rounds(tmp_path)
     for name, value in expected(run)[1].items():
         assert torch.allclose(memory[name], value, atol=1e-3), name
