@@ -131,8 +131,9 @@ class FederatedArguments:
         metadata={
             "help": 'With router_update="posterior", there are at least so many adaptors while clients look for '
             "theirs: until they have settled on no more than FloralConfig's num_adaptors, at their 30th "
-            "participation or later, or half the run is over. Then no more than these stay. By default 4 times as many, "
-            "but not more than there are clients, and above 16 not more than half as many; 1: no more than FloralConfig says."
+            "participation or later, or half the run is over. Then no more than these stay. By default 4 times as "
+            "many, but not more than there are clients, and above 16 not more than half as many; 1: no more than "
+            "FloralConfig says."
         },
     )
     search_r: int | None = field(
