@@ -1,9 +1,10 @@
 """What a round costs by the way in which clients find their routers.
 
-    python benchmarks/routers.py [--task digits ...] [--data FOLDER] [--adaptors 8] [--r 16] [--rounds 40]
+    python benchmarks/routers.py [--task digits ...] [--data FOLDER] [--adaptors 8] [--r 16] [--rounds 40] [--of 300]
 
 Each task is trained by "gradient", "mirror" and "posterior", one after the other and over again, at the same number of
-adaptors, rank, clients and loop; nothing is removed or compressed. Told are CPU times, which other processes disturb
+adaptors, rank, clients and loop; nothing is removed or compressed. Measured are the first rounds of a run of the task's
+own length, unless another is given. Told are CPU times, which other processes disturb
 less than the wall clock, and their ratios to "gradient": of a round at the start of the run, where mixtures are soft
 and clients look at most examples (the median of the first tenth, the first round left out), and of the average round.
 """
@@ -38,7 +39,7 @@ def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) ->
         "r": given.r,
         "budget": None,
         "eval_steps": None,
-        "rounds": given.rounds + 1,
+        "rounds": given.of or task.settings["rounds"],
         "router_update": update,
         "prune_adaptors": False,
         "search_adaptors": 1,
@@ -56,7 +57,7 @@ def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) ->
         args = FederatedArguments(output_dir=folder, use_cpu=True, **chosen)
         method = get_method("floral")
         model = task.model_for(method, adaptors, args.seed)
-        clock = Clock()
+        clock = Clock(given.rounds + 1)
         trainer = FederatedTrainer(
             model, args, task.clients(args.seed), method, loss_fn=task.loss_fn, callbacks=[clock]
         )
@@ -66,9 +67,10 @@ def seconds_per_round(task_name: str, update: str, given: argparse.Namespace) ->
 
 
 class Clock(TrainerCallback):
-    """CPU time of each round."""
+    """CPU time of each round; ends the run after so many."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
         self.seconds: list[float] = []
         self._began = 0.0
 
@@ -79,6 +81,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A round has ended."""
         self.seconds.append(time.process_time() - self._began)
+        control.should_training_stop = len(self.seconds) == self.rounds
 
 
 def main() -> None:
@@ -88,7 +91,8 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--adaptors", type=int, default=8)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=40, help="that are measured")
+    parser.add_argument("--of", type=int, help="the rounds of the run (the task's)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cohort", default="loop")
     parser.add_argument("--clip", action="store_true", help="clip the steps of all of them, as the posterior does")
