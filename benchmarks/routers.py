@@ -3,10 +3,10 @@
     python benchmarks/routers.py [--task digits ...] [--data FOLDER] [--adaptors 8] [--r 16] [--rounds 40] [--of 300]
 
 Each task is trained by "gradient", "mirror" and "posterior", one after the other and over again, at the same number of
-adaptors, rank, clients and loop; nothing is removed or compressed. Measured are the first rounds of a run of the task's
-own length, unless another is given. Told are CPU times, which other processes disturb
-less than the wall clock, and their ratios to "gradient": of a round at the start of the run, where mixtures are soft
-and clients look at most examples (the median of the first tenth, the first round left out), and of the average round.
+adaptors, rank, clients and loop; nothing is removed or compressed. Measured are the first rounds of a run of the
+task's own length, unless another is given. Told are CPU times, which other processes disturb less than the wall clock,
+and their ratios to "gradient": of a round at the start of the run, where mixtures are soft and clients look at most
+examples (the median of the first tenth, the first round left out), and of the average round.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class LocalTraining:
         parameters = dict(self._model.named_parameters())
         trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
         axes = self._axes.among(trainable)
-        with narrowed(parameters, axes, self._model.mixture()) if axes else nullcontext():
+        with narrowed(self._model, axes, self._model.mixture()) if axes else nullcontext():
             # The last phase's loss is that of the model that is sent.
             for phase in training_phases(trainable, self._groups, self._place.args.alternating):
                 with _only_training(parameters, phase):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from floral_peft.federated.norms import resting_norms
-from floral_peft.tuner import Role, parameter_roles, private_buffers
+from floral_peft.tuner import Role, buffer_roles, parameter_roles, private_buffers
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ParameterGroups:
         """Ask a method about everything that trains in a model; a router belongs to its client in any case.
 
         Running statistics describe what the base computes: where it trains, the method is asked about them as about a
-        part of it, except those of frozen norms, which rest.
+        part of it, or of an adaptor that has some of its own; except those of frozen norms, which rest.
 
         Raises:
             ValueError: The method does not fit the model, or the model has nothing to train.
@@ -86,9 +86,9 @@ class ParameterGroups:
             raise ValueError("the model has nothing to train: none of its parameters requires a gradient.")
         private = private_buffers(model)
         trains = any(roles[name].kind == "base" for name in groups)
-        base = Role("base")
+        kinds = buffer_roles(model)
         buffers = _float_buffers(model, roles, private) if trains else ()
-        statistics = {name: _checked(method, name, method.group(name, base)) for name in buffers}
+        statistics = {name: _checked(method, name, method.group(name, kinds[name])) for name in buffers}
         everything = groups | statistics
         return cls(
             shared=tuple(name for name, group in groups.items() if group == "shared"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.workplace import Workplace
-from floral_peft.tuner import parameter_roles, private_buffers
+from floral_peft.tuner import buffer_roles, parameter_roles, private_buffers
 
 
 #: torch's optimisers that move each number by its own gradients: what else is in its tensor does not count.
@@ -20,13 +20,13 @@ ELEMENTWISE = frozenset("sgd adam adamw adagrad adadelta adamax nadam radam rmsp
 
 
 class AdaptorAxes:
-    """The parameters with a slice per adaptor, where slices may be left out of local steps.
+    """The parameters and statistics with a slice per adaptor, where slices may be left out of local steps.
 
     That is where local steps leave the router alone: an adaptor whose weight is 0 keeps it and gets no gradient, so
     that the rest comes out the same without it, up to rounding. (Weight decay alone would still move it, to no avail:
     such a client does not count in its mean.) All take part where something else may count: the router's noise, a
-    method's own forward, an optimiser that looks at whole tensors, adaptors with statistics of their own, or parts of
-    adaptors that are frozen, private or shared. A hook in the model that looks at other adaptors finds them gone.
+    method's own forward, an optimiser that looks at whole tensors, or parts of adaptors that are frozen, private or
+    shared. A hook in the model that looks at other adaptors finds them gone.
 
     Args:
         place: The model and what belongs to it.
@@ -35,7 +35,8 @@ class AdaptorAxes:
     def __init__(self, place: Workplace) -> None:
         model, groups = place.model, place.groups
         roles = parameter_roles(model)
-        adaptors = {name for name, role in roles.items() if role.kind == "adaptor"}
+        kinds = {**roles, **buffer_roles(model)}
+        adaptors = {name for name, role in kinds.items() if role.kind == "adaptor"}
         axes = {name: cluster.axis for name, cluster in groups.clustered.items() if cluster.adaptor is None}
         plain = type(place.forward) is Forward and place.args.optimizer.lower() in ELEMENTWISE
         sliced = adaptors == axes.keys() == groups.clustered.keys() and axes.keys().isdisjoint(groups.anchors)
@@ -44,7 +45,7 @@ class AdaptorAxes:
         self._axes = {**axes, **self._routers} if axes and plain and sliced and not private_buffers(model) else {}
 
     def among(self, trainable: Collection[str]) -> Mapping[str, int]:
-        """Parameter → its axis of length C, routers included; empty where nothing may be left out.
+        """Tensor → its axis of length C, routers included; empty where nothing may be left out.
 
         Args:
             trainable: The parameters that local steps train.
@@ -109,11 +110,11 @@ class UsedSlices:
 
 
 @contextmanager
-def narrowed(parameters: Mapping[str, nn.Parameter], axes: Mapping[str, int], mixture: Tensor) -> Iterator[None]:
+def narrowed(model: nn.Module, axes: Mapping[str, int], mixture: Tensor) -> Iterator[None]:
     """Within, a model has only those adaptors that one client uses; afterwards all, and these as they were left.
 
     Args:
-        parameters: The model's parameters, which stay the same objects.
+        model: The model. Its parameters and buffers stay the same objects.
         axes: Of those with slices: see [`AdaptorAxes`].
         mixture: The client's π, (..., C).
     """
@@ -121,13 +122,14 @@ def narrowed(parameters: Mapping[str, nn.Parameter], axes: Mapping[str, int], mi
     if numbers is None:
         yield
         return
-    whole = {name: parameters[name].data for name in axes}
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    whole = {name: held[name].data for name in axes}
     chosen = {name: numbers[0].to(value.device) for name, value in whole.items()}
     used = {name: value.index_select(axes[name], chosen[name]) for name, value in whole.items()}
     try:
         for name, slices in used.items():
-            parameters[name].data = slices
+            held[name].data = slices
         yield
     finally:
         for name, slices in used.items():
-            parameters[name].data = whole[name].index_copy_(axes[name], chosen[name], slices)
+            held[name].data = whole[name].index_copy_(axes[name], chosen[name], slices)

@@ -14,7 +14,7 @@ from floral_peft.tuner.plain import save_plain
 from floral_peft.tuner.precondition import factor_pairs, precondition_gradients
 from floral_peft.tuner.pure import PureModels, pure_losses
 from floral_peft.tuner.registration import register
-from floral_peft.tuner.roles import Role, parameter_roles, private_buffers
+from floral_peft.tuner.roles import Role, buffer_roles, parameter_roles, private_buffers
 from floral_peft.tuner.router import Router
 from floral_peft.tuner.shrinking import Ranks
 from floral_peft.tuner.substitute import Substitute
@@ -38,6 +38,7 @@ __all__ = [
     "as_matrices",
     "base_name",
     "base_weights",
+    "buffer_roles",
     "center_adaptors",
     "check_free",
     "clip_steps",

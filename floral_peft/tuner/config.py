@@ -61,8 +61,8 @@ class FloralConfig(PeftConfig):
             Give every adaptor an extra bias of its own, in layers that have a bias.
         adapt_norms (`bool` or `str`):
             Adapt all normalisation layers too (BatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm) with an extra
-            scale and shift per adaptor, except where `exclude_modules` says otherwise. `"reparametrized"`: the
-            adaptors of a BatchNorm also have statistics of their own, which are private to a client.
+            scale and shift per adaptor, except where `exclude_modules` says otherwise. `"reparametrized"`: those of a
+            BatchNorm are told relative to statistics of the adaptor, which are private to a client, as in the paper.
         num_clients (`int`, *optional*):
             `None`: one router vector. K: a table with a router per client, for batches that mix clients.
         client_names (`list[str | int]`, *optional*):
@@ -79,7 +79,8 @@ class FloralConfig(PeftConfig):
             Rank of one more adaptor that every client uses with weight 1: what clients have in common when the base
             is frozen. 0: none.
         train_base (`bool`):
-            Train the base model too, as the paper does. It is then saved with the adapter.
+            Train the base model too, as the paper does. It is then saved with the adapter. In a BatchNorm each adaptor
+            has running statistics of its own, except where `exclude_modules` says otherwise.
         compute (`str`):
             `"stacked"`: two matrix products through all C·r rank-one terms; `"merged"`: add the client's mixture to
             the weight, then one product (one client per batch, plain layers only; falls back to stacked elsewhere);

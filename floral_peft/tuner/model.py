@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from floral_peft.tuner.clients import Clients
 from floral_peft.tuner.config import REPARAMETRIZED
-from floral_peft.tuner.layers import FloralLayer, Norm, is_norm, layer_class
+from floral_peft.tuner.layers import BatchNorm, FloralLayer, Norm, is_norm, layer_class
 from floral_peft.tuner.router import Router, RouterSettings
 from floral_peft.tuner.shrinking import Shrinking
 from floral_peft.tuner.targets import TARGET_MODULES
@@ -80,6 +80,9 @@ class FloralModel(Clients, Shrinking, BaseTuner):
         """Look at all target layers before any is replaced, so that a refusal leaves the model as it was."""
         targets = getattr(peft_config, "target_modules", None)
         self._norms = {name for name, module in model.named_modules() if isinstance(module, Norm) or is_norm(module)}
+        self._batch_norms = {
+            name for name, module in model.named_modules() if isinstance(module, BatchNorm) or BatchNorm.fits(module)
+        }
         inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
         for name, module in model.named_modules():
             if not name or name.startswith(tuple(inside)) or isinstance(module, BaseTunerLayer):
@@ -88,11 +91,14 @@ class FloralModel(Clients, Shrinking, BaseTuner):
                 self._layer_class(module, name, self._backend(module), peft_config)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        """PEFT's rules for names, and with `adapt_norms` every normalisation layer that they do not exclude."""
+        """PEFT's rules for names, and norms that they do not exclude.
+
+        With `adapt_norms` these are all, with `train_base` those whose adaptors have statistics of their own.
+        """
         match = check_target_module_exists(peft_config, key)
-        if match or isinstance(match, _ExcludedModule) or not peft_config.adapt_norms:
+        if match or isinstance(match, _ExcludedModule):
             return match
-        return key in self._norms
+        return key in (self._norms if peft_config.adapt_norms else self._batch_norms if peft_config.train_base else ())
 
     def _backend(self, module: nn.Module) -> QuantizationBackend | None:
         return resolve_quantization_backend(module, **get_quantization_kwargs(self.model))
@@ -102,7 +108,8 @@ class FloralModel(Clients, Shrinking, BaseTuner):
         module: nn.Module, name: str, backend: QuantizationBackend | None, config: Any
     ) -> type[FloralLayer]:
         try:
-            return layer_class(module, backend, reparametrize=config.adapt_norms == REPARAMETRIZED)
+            reparametrize = config.adapt_norms == REPARAMETRIZED
+            return layer_class(module, backend, reparametrize=reparametrize, trains=config.train_base)
         except TypeError as error:
             raise ValueError(
                 f"Target module {name!r} ({type(module).__name__}) is not supported: {error}. "

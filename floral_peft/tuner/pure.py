@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from floral_peft.tuner.layers import FloralLayer, ReparametrizedBatchNorm
+from floral_peft.tuner.layers import BatchNorm, FloralLayer, ReparametrizedBatchNorm
 from floral_peft.tuner.layers.base import has_hooks
 from floral_peft.tuner.layers.conv import ConvLayer
 from floral_peft.tuner.layers.factored import FactoredLayer
@@ -65,7 +65,7 @@ class PureModels:
         self._factored = [layer for layer in factored if layer.holds(self._adapter)]
         places = [(name.rsplit(".", 1)[0], role.axis) for name, role in roles.items() if role.axis is not None]
         for prefix, module in model.named_modules():
-            if isinstance(module, ReparametrizedBatchNorm) and module.holds(self._adapter):
+            if isinstance(module, (BatchNorm, ReparametrizedBatchNorm)) and module.holds(self._adapter):
                 places += [(f"{prefix}.floral_mean", 0), (f"{prefix}.floral_var", 0)]
         self._places: list[tuple[str, Any, int]] = [
             (f"{place}.{self._adapter}", model.get_submodule(place), axis) for place, axis in places

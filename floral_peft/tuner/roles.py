@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from floral_peft.tuner.layers import FloralLayer, ReparametrizedBatchNorm
+from floral_peft.tuner.layers import BatchNorm, FloralLayer, ReparametrizedBatchNorm
 from floral_peft.tuner.router import Router
 
 
@@ -20,18 +20,20 @@ class Role:
             `"router"` a client's logits; everything else is `"base"`.
         axis: for an adaptor, the axis of length C.
         slot: for an adaptor, which of the router's L rows weighs it.
-        factor: for both kinds of adaptor, its part: a low-rank factor A or B, a norm's scale, or a bias.
+        factor: for both kinds of adaptor, its part: a low-rank factor A or B, a norm's scale, or a bias; or a batch
+            norm's running mean or variance.
         layer: for both kinds of adaptor, the layer's name, the same for all its factors.
     """
 
     kind: Literal["base", "shared_adaptor", "adaptor", "router"]
     axis: int | None = None
     slot: int = 0
-    factor: Literal["A", "B", "weight", "bias"] | None = None
+    factor: Literal["A", "B", "weight", "bias", "mean", "var"] | None = None
     layer: str | None = None
 
 
 _FACTORS: tuple[Literal["A", "B", "weight", "bias"], ...] = ("A", "B", "weight", "bias")
+_STATISTICS: tuple[Literal["mean", "var"], ...] = ("mean", "var")
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
@@ -56,6 +58,19 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
                 special[f"{dot}logits.{adapter_name}"] = Role("router")
     base = Role("base")
     return {name: special.get(name, base) for name, _ in model.named_parameters()}
+
+
+def buffer_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every name in `model.named_buffers()`: of the active adapter's, adaptors' running statistics."""
+    special: dict[str, Role] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            for name in module.active_adapters:
+                for factor in _STATISTICS:
+                    role = Role("adaptor", 0, module.slot.get(name, 0), factor, prefix)
+                    special[f"{prefix}.floral_{factor}.{name}"] = role
+    base = Role("base")
+    return {name: special.get(name, base) for name, _ in model.named_buffers()}
 
 
 def private_buffers(model: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from floral_peft.tuner.centering import base_trains, mean_weights, share_mean, truncate
-from floral_peft.tuner.layers import FloralLayer
+from floral_peft.tuner.layers import BatchNorm, FloralLayer
 from floral_peft.tuner.layers.factored import FactoredLayer
 from floral_peft.tuner.layers.norm import Norm
 from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor, spectra
@@ -241,6 +241,8 @@ class Shrinking:
             elif isinstance(layer, Norm):
                 tables = layer.tables(name)
                 layer.set_tables(name, {key: _mean(table, mean).expand_as(table) for key, table in tables.items()})
+                if isinstance(layer, BatchNorm):
+                    layer.pool(name, mean)
         if ranks is not None:
             config.r, config.budget, config.rank_pattern = ranks.r, ranks.budget, dict(ranks.rank_pattern)
         self.keep_adaptors([0], name)

@@ -25,11 +25,17 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_floral_shares_the_base_clusters_the_adaptors_and_keeps_the_router() -> None:
     groups = ParameterGroups.of(floral_net(net(norm=True)), get_method("floral"))
     kinds = {
-        name: sorted({groups.roles[parameter].kind for parameter in held})
+        name: sorted({groups.roles[parameter].kind for parameter in held if parameter not in groups.statistics})
         for name, held in (("shared", groups.shared), ("clustered", groups.clustered), ("private", groups.private))
     }
     assert kinds == {"shared": ["base"], "clustered": ["adaptor"], "private": ["router"]}
-    assert {name.rsplit(".", 1)[1] for name in groups.statistics} == {"running_mean", "running_var"}
+    prefix = "base_model.model.1."
+    of_adaptors = {f"{prefix}floral_{statistic}.default" for statistic in ("mean", "var")}
+    of_all = {f"{prefix}base_layer.running_{statistic}" for statistic in ("mean", "var")}
+    assert (
+        set(groups.statistics) == of_adaptors | of_all
+        and set(groups.statistics) & set(groups.clustered) == of_adaptors
+    )
     assert not set(groups.public) & set(groups.private)
 
 

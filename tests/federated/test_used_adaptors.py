@@ -212,7 +212,7 @@ def test_a_routers_noise_that_changes_nothing_moves_no_other_draw(
 
 
 def test_what_fails_leaves_the_model_whole() -> None:
-    parameters = {name: nn.Parameter(torch.arange(8.0).view(4, 2)) for name in "ab"}
+    parameters = nn.ParameterDict({name: torch.arange(8.0).view(4, 2).requires_grad_() for name in "ab"})
     held = {name: parameter.data for name, parameter in parameters.items()}
     with pytest.raises(RuntimeError, match="within"), narrowed(parameters, {"a": 0, "b": 0}, torch.eye(4)[2]):
         parameters["a"].data.add_(1)

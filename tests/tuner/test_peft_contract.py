@@ -60,7 +60,7 @@ def test_a_loaded_adapter_gives_the_same_outputs(
             if parameter.requires_grad:
                 parameter.add_(0.1)
         if config.get("train_base"):
-            model.base_model.model.norm.running_mean.add_(0.5)
+            model.base_model.model.norm.base_layer.running_mean.add_(0.5)
     model.save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.glob("adapter_model*")] == ["adapter_model.safetensors"]
     loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()

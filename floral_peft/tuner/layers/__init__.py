@@ -1,7 +1,7 @@
 """Adapted layers, one file per kind."""
 
 from floral_peft.tuner.layers.base import FloralLayer
-from floral_peft.tuner.layers.batch_norm import ReparametrizedBatchNorm
+from floral_peft.tuner.layers.batch_norm import BatchNorm, ReparametrizedBatchNorm
 from floral_peft.tuner.layers.conv import Conv, ConvTranspose
 from floral_peft.tuner.layers.dispatch import layer_class
 from floral_peft.tuner.layers.embedding import Embedding
@@ -10,6 +10,7 @@ from floral_peft.tuner.layers.norm import Norm, is_norm
 
 
 __all__ = [
+    "BatchNorm",
     "Conv",
     "ConvTranspose",
     "Embedding",

@@ -8,7 +8,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from transformers.pytorch_utils import Conv1D
 
 from floral_peft.tuner.layers.base import FloralLayer
-from floral_peft.tuner.layers.batch_norm import ReparametrizedBatchNorm
+from floral_peft.tuner.layers.batch_norm import BatchNorm, ReparametrizedBatchNorm
 from floral_peft.tuner.layers.conv import Conv, ConvTranspose
 from floral_peft.tuner.layers.embedding import Embedding
 from floral_peft.tuner.layers.linear import Linear
@@ -22,14 +22,15 @@ SUPPORTED = (
 
 
 def layer_class(
-    base: nn.Module, backend: QuantizationBackend | None, *, reparametrize: bool = False
+    base: nn.Module, backend: QuantizationBackend | None, *, reparametrize: bool = False, trains: bool = False
 ) -> type[FloralLayer]:
     """The class that adapts `base`.
 
     Args:
         base: the layer.
         backend: its quantisation, as PEFT resolves it.
-        reparametrize: whether batch norms' adaptors get statistics of their own.
+        reparametrize: whether batch norms are reparametrised.
+        trains: whether the base trains: batch norms' adaptors then have statistics of their own.
 
     Raises:
         TypeError: there is none; the message says why.
@@ -53,5 +54,7 @@ def layer_class(
     if isinstance(base, nn.Embedding):
         return Embedding
     if is_norm(base):
-        return ReparametrizedBatchNorm if reparametrize and ReparametrizedBatchNorm.fits(base) else Norm
+        if BatchNorm.fits(base) and (reparametrize or trains):
+            return ReparametrizedBatchNorm if reparametrize else BatchNorm
+        return Norm
     raise TypeError(f"FLORAL adapts {SUPPORTED}")
