@@ -43,8 +43,8 @@ class Method(ABC):
         """The group of one trainable parameter (or router).
 
         Args:
-            name: The parameter's name in `model.named_parameters()`; or, with the base's or an adaptor's role, a running
-                statistic's in `model.named_buffers()`.
+            name: The parameter's name in `model.named_parameters()`; or a running statistic's in
+                `model.named_buffers()`, with the base's role or an adaptor's.
             role: What it is in the model.
 
         Returns:
