@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -80,9 +81,9 @@ class FloralModel(Clients, Shrinking, BaseTuner):
         """Look at all target layers before any is replaced, so that a refusal leaves the model as it was."""
         targets = getattr(peft_config, "target_modules", None)
         self._norms = {name for name, module in model.named_modules() if isinstance(module, Norm) or is_norm(module)}
-        self._batch_norms = {
-            name for name, module in model.named_modules() if isinstance(module, BatchNorm) or BatchNorm.fits(module)
-        }
+        self._batch_norms = _in_one_place(
+            model, lambda module: isinstance(module, BatchNorm) or BatchNorm.fits(module)
+        )
         inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
         for name, module in model.named_modules():
             if not name or name.startswith(tuple(inside)) or isinstance(module, BaseTunerLayer):
@@ -305,6 +306,15 @@ def _in_one_piece(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _no_fast_path(layer: nn.Module, args: Any) -> None:
     """Torch's encoder layer, in evaluation, reads its weights past any adaptor unless something in it has a hook."""
+
+
+def _in_one_place(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> set[str]:
+    """The names of some modules, without those that a model has under several names."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if chosen(module):
+            names[id(module)].append(name)
+    return {found[0] for found in names.values() if len(found) == 1}
 
 
 def _names(model: nn.Module, kind: type) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -51,6 +52,16 @@ def test_an_architecture_that_peft_has_no_choice_for_is_adapted(model_type: str)
     config = transformers.CONFIG_MAPPING[model_type](**VERY_OWN.get(model_type, SMALL))
     model = get_peft_model(AutoModel.from_config(config), FloralConfig(r=1, num_adaptors=2))
     assert adapted(model)
+
+
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_mobilenet_pads_by_what_it_reads_off_its_convolutions(version: str) -> None:
+    config = getattr(transformers, f"MobileNet{version}Config")(image_size=32, depth_multiplier=0.35, tf_padding=True)
+    plain = getattr(transformers, f"MobileNet{version}ForImageClassification")(config).eval()
+    x = torch.randn(2, 3, 32, 32)
+    wanted = plain(x).logits
+    model = get_peft_model(plain, FloralConfig(r=1, num_adaptors=2)).eval()
+    torch.testing.assert_close(model(x).logits, wanted)
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("resnet", 9), ("vit", 4), ("llama", 4), ("bert", 4)])

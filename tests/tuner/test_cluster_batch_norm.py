@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from floral_peft import FloralConfig
@@ -225,3 +225,46 @@ def test_a_kept_norm_notices_that_statistics_have_moved() -> None:
         norm_of(model)(X)
         norm_of(model).floral_mean["default"].add_(3.0)
         torch.testing.assert_close(norm_of(model)(X), expected(model, 0))
+
+
+def test_layers_that_are_no_plain_batch_norms_stay_what_they_are() -> None:
+    class Activated(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return torch.relu(super().forward(input))
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.one = nn.Linear(3, 3), nn.BatchNorm1d(3)
+            self.other = self.one
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.other(self.linear(self.one(x)))
+            return found
+
+    x = torch.randn(6, 3)
+    for left in (Activated(3), nn.BatchNorm1d(3, affine=False)):
+        model = get_peft_model(
+            nn.Sequential(left, nn.Linear(3, 2)), FloralConfig(target_modules=["1"], train_base=True)
+        )
+        assert model.base_model.model[0] is left
+    twice = get_peft_model(Twice(), FloralConfig(target_modules=["linear"], train_base=True, num_clients=2)).train()
+    randomize(twice)
+    twice(x)
+    twice.eval()
+    wanted = twice(x)
+    twice.merge_adapter()
+    torch.testing.assert_close(twice(x), wanted)
+
+
+def test_who_loads_the_main_statistics_alone_gives_them_to_the_adaptors(tmp_path: Path) -> None:
+    model = net()
+    model.save_pretrained(str(tmp_path))
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    older = {name: value for name, value in held.items() if "floral_mean" not in name and "floral_var" not in name}
+    save_file(older, tmp_path / "adapter_model.safetensors")
+    loaded: Any = PeftModel.from_pretrained(base(), str(tmp_path))
+    assert torch.equal(norm_of(loaded).floral_mean["default"], torch.tensor([[0.5, -1.0, 0.0]] * 2))
+    assert torch.equal(norm_of(loaded).floral_var["default"], torch.tensor([[1.0, 2.0, 0.5]] * 2))
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(norm_of(loaded).floral_mean["default"], norm_of(model).floral_mean["default"])

@@ -47,11 +47,6 @@ class _OwnStatistics(Norm):
         self.floral_mean = BufferDict({}, persistent=True)
         self.floral_var = BufferDict({}, persistent=True)
 
-    @staticmethod
-    def fits(base: nn.Module) -> bool:
-        """Whether a layer has what this needs: a scale, and running statistics."""
-        return isinstance(base, _BatchNorm) and base.weight is not None and base.running_mean is not None
-
     @override
     def add_adaptors(self, adapter_name: str, config: FloralConfig, rank: int | None) -> None:
         if config.adapt_norms or check_target_module_exists(config, self.name):
@@ -115,10 +110,17 @@ class BatchNorm(_OwnStatistics):
     clients' statistics fits nobody. A scale and a shift of its own an adaptor has only if the config asks for it.
     """
 
+    exact_types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
     def __init__(self, base_layer: nn.Module, router: Router, name: str) -> None:
         super().__init__(base_layer, router, name)
         self._by_batch = False  # within a forward pass in training
         self._added: dict[str, dict[str, Tensor]] = {}  # what merged adapters have added
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Whether a layer is one of torch's own, with a scale, a shift and running statistics."""
+        return type(base) in cls.exact_types and base.bias is not None and base.running_mean is not None
 
     @torch.no_grad()
     def pool(self, adapter_name: str, weights: Tensor) -> None:
@@ -147,6 +149,16 @@ class BatchNorm(_OwnStatistics):
         finally:
             if not stays:
                 del self._added[adapter_name]
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """What holds the main statistics alone (weights of the base, an older adapter) gives them to all adaptors."""
+        for own, main in (("floral_mean", "running_mean"), ("floral_var", "running_var")):
+            given = state_dict.get(f"{prefix}base_layer.{main}")
+            if given is not None and not any(name.startswith(f"{prefix}{own}.") for name in state_dict):
+                for name, held in getattr(self, own).items():
+                    state_dict[f"{prefix}{own}.{name}"] = given.detach().repeat(len(held), 1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
     def _mixed(self, adapter_name: str, mixture: Tensor) -> dict[str, Tensor]:
@@ -197,6 +209,11 @@ class ReparametrizedBatchNorm(_OwnStatistics):
     def __init__(self, base_layer: nn.Module, router: Router, name: str) -> None:
         super().__init__(base_layer, router, name)
         self._before: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def fits(base: nn.Module) -> bool:
+        """Whether a layer has what this needs: a scale, and running statistics."""
+        return isinstance(base, _BatchNorm) and base.weight is not None and base.running_mean is not None
 
     @override
     def tables(self, adapter_name: str) -> dict[str, Tensor]:

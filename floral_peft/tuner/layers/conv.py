@@ -23,12 +23,21 @@ CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+def _of_base(name: str) -> property:
+    return property(lambda layer: getattr(layer.get_base_layer(), name))
+
+
 class ConvLayer(FactoredLayer):
     """What convolutions and transposed ones share: how the kernel's axes are dealt out between the two factors.
 
     Along each axis one of k₁, k₂ is the kernel's size and the other is 1 (`FloralConfig.conv_split`); stride, padding
     and dilation go with the kernel.
     """
+
+    # What models read off a convolution, to pad its input (MobileNet's `tf_padding`), is the base's.
+    stride, padding, dilation, kernel_size, groups = map(
+        _of_base, ("stride", "padding", "dilation", "kernel_size", "groups")
+    )
 
     @override
     def sizes(self) -> tuple[int, int]:

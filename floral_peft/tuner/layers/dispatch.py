@@ -54,7 +54,7 @@ def layer_class(
     if isinstance(base, nn.Embedding):
         return Embedding
     if is_norm(base):
-        if BatchNorm.fits(base) and (reparametrize or trains):
-            return ReparametrizedBatchNorm if reparametrize else BatchNorm
-        return Norm
+        if reparametrize and ReparametrizedBatchNorm.fits(base):
+            return ReparametrizedBatchNorm
+        return BatchNorm if trains and BatchNorm.fits(base) else Norm
     raise TypeError(f"FLORAL adapts {SUPPORTED}")
