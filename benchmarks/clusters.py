@@ -38,10 +38,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from floral_peft import FederatedDataset, FederatedTrainer
-from floral_peft.cli.one_run import has_router, new_trainer
+from floral_peft.cli.one_run import new_trainer
 from floral_peft.cli.settings import Settings, read_settings
 from floral_peft.cli.variants import read_variants
-from floral_peft.reports import clusters_found
+from floral_peft.reports import clusters_found, has_router
 from floral_peft.tasks.changes import Change
 from floral_peft.tasks.images import ImageClients
 from floral_peft.tasks.tables import as_dataset

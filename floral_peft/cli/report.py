@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from floral_peft.cli.errors import StrictParser, UsageError, bad_input
-from floral_peft.cli.one_run import DPI, file_name
+from floral_peft.cli.one_run import file_name
 from floral_peft.reports import (
+    DPI,
     FORMATS,
     Run,
     adaptors_in_words,

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from floral_peft.cli.errors import Interrupted, StrictParser, UsageError, bad_input
-from floral_peft.cli.one_run import file_name, new_trainer, train_one, write_settings
+from floral_peft.cli.one_run import file_name, new_trainer, train_one
 from floral_peft.cli.settings import Settings, read_settings
 from floral_peft.cli.variants import GROUPS, Variant, read_variants
 from floral_peft.federated import OutputDirInUseError
@@ -27,7 +27,7 @@ from floral_peft.federated.identity import differing
 from floral_peft.federated.lock import check_folder, locked
 from floral_peft.federated.precision import TrainerAccelerator
 from floral_peft.federated.processes import Message, Processes
-from floral_peft.reports import matrix, read_runs, to_markdown
+from floral_peft.reports import matrix, read_runs, to_markdown, write_settings
 from floral_peft.reports.runs import RESULT, SETTINGS
 
 

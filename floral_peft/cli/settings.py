@@ -19,6 +19,7 @@ from floral_peft.cli.errors import StrictParser, UsageError
 from floral_peft.cli.yaml_file import read_yaml
 from floral_peft.federated import FederatedArguments
 from floral_peft.nearest import did_you_mean
+from floral_peft.reports.saving import OF_ONE_RUN
 from floral_peft.tasks import Task, get_task
 from floral_peft.tuner import FloralConfig
 
@@ -95,7 +96,7 @@ class Settings:
             "method": method,
             "baselines": ["none"],
             "threads": self.threads,
-            **{name: value for name, value in args.to_dict().items() if name not in _OF_ONE_RUN},
+            **{name: value for name, value in args.to_dict().items() if name not in OF_ONE_RUN},
             **{name: sorted(value) if isinstance(value, set) else value for name, value in adaptors.items()},
         }
 
@@ -185,7 +186,6 @@ def _yes_no_or_name(text: str) -> bool | str:
 # The trainer sets these, and PEFT keeps its own books in the fields of PeftConfig.
 _NOT_FLAGS = {"num_clients", "client_names", *(item.name for item in dataclasses.fields(PeftConfig))}
 # Where a run is written, and whether it goes on from an earlier one, is no part of what is trained.
-_OF_ONE_RUN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 # HfArgumentParser takes one type per flag.
 _FLAG_TYPES: dict[str, Any] = {
     "target_modules": list[str] | None,

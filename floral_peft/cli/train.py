@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from floral_peft.cli.errors import Interrupted, bad_input
-from floral_peft.cli.one_run import DPI, new_trainer, train_one
+from floral_peft.cli.one_run import new_trainer, train_one
 from floral_peft.cli.settings import Settings, read_settings
 from floral_peft.federated import FederatedDataset, FederatedTrainer
 from floral_peft.federated.checkpoint import checkpoint_rounds
-from floral_peft.reports import common_metric, comparison, plot_curves, read_run
+from floral_peft.reports import DPI, common_metric, comparison, plot_curves, read_run
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def _how_to_go_on(arguments: Sequence[str], trainers: Iterable[FederatedTrainer]
     """What an interrupted user is told. Flags that come twice count as the last of them says."""
     folder = next(iter(trainers)).output_dir
     if not checkpoint_rounds(folder):
-        return ", and there is no checkpoint to go on from: --save_steps N makes one every N rounds."
+        return ", and there is no checkpoint yet to go on from: --save_steps N makes one after every N rounds."
     flags = ["--output_dir", str(folder.parent), "--resume_from_checkpoint", "true"]
     return f". Go on with it: {shlex.join(['floral-peft', 'train', *arguments, *flags])}"
 

@@ -133,12 +133,18 @@ def check_update(
             raise UpdateError(f"{who}: {name} is {delta.dtype}, expected {reference[name].dtype}")
     for name, peak in update.peaks.items():
         if not peak < _MOST / update.num_examples:
-            what = f"{peak:.3g}, too much to be summed" if math.isfinite(peak) else "values that are not finite"
+            what = f"{peak:.3g}, too much to be summed" if math.isfinite(peak) else _NOT_FINITE
             raise UpdateError(f"{who}: {name} holds {what}")
     if not isinstance(update.train_loss, float) or not math.isfinite(update.train_loss):
         raise UpdateError(f"{who}: train_loss is {update.train_loss}: does any of its examples have a label?")
     _check_usage(who, update, routers)
     _check_sums(who, update, sums or {})
+
+
+_NOT_FINITE = (
+    "values that are not finite: either an example of the client does, too, or its training diverged (a lower "
+    "learning_rate, or max_grad_norm)"
+)
 
 
 def _check_usage(who: str, update: ClientUpdate, routers: torch.Size | None) -> None:

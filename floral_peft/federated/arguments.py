@@ -24,7 +24,7 @@ AGGREGATIONS = ("factors", "product")
 
 @dataclass
 class FederatedArguments:
-    """Settings of a [`FederatedTrainer`]. Every value is checked here, once.
+    """Settings of a [`FederatedTrainer`]. Values are checked here, once; the router update's name by the trainer.
 
     `HfArgumentParser` reads them from flags, YAML or JSON. Dictionaries are written as JSON on the command line.
 
@@ -60,7 +60,10 @@ class FederatedArguments:
         },
     )
     router_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the router. learning_rate by default."}
+        default=None,
+        metadata={
+            "help": "Learning rate of routers that local steps train (gradient, mirror). learning_rate by default."
+        },
     )
     weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay of the base and the adaptors; the router has none."}

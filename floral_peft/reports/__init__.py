@@ -9,10 +9,12 @@ from floral_peft.reports.page import draw, task_figures, to_html
 from floral_peft.reports.paper import paper_figure
 from floral_peft.reports.pictures import plot_curves, plot_mixtures
 from floral_peft.reports.runs import Run, read_run, read_runs
+from floral_peft.reports.saving import DPI, has_router, num_parameters, save_run, write_settings
 from floral_peft.reports.table import common_metric, comparison, format_table
 
 
 __all__ = [
+    "DPI",
     "FORMATS",
     "Cell",
     "Gains",
@@ -27,16 +29,20 @@ __all__ = [
     "draw",
     "format_table",
     "gains",
+    "has_router",
     "matrix",
+    "num_parameters",
     "paper_figure",
     "plot_curves",
     "plot_mixtures",
     "read_run",
     "read_runs",
+    "save_run",
     "task_figures",
     "to_csv",
     "to_html",
     "to_json",
     "to_latex",
     "to_markdown",
+    "write_settings",
 ]

@@ -35,7 +35,9 @@ def adaptors_in_words(run: Run) -> str | None:
 
 
 def _removal(round: int, drop: dict[str, Any]) -> str:
-    why = drop["why"] if drop["instead"] is None else f"like {drop['instead']}"
+    why = drop["why"]
+    if drop["instead"] is not None:
+        why = f"{'more than may stay, ' if why == 'bound' else ''}most like {drop['instead']}"
     return f"{drop['adaptor']} ({why}, round {round})"
 
 

@@ -25,6 +25,7 @@ from floral_peft.reports.style import (
     scale_metric,
     scale_rounds,
     scale_sizes,
+    size_unit,
 )
 
 
@@ -56,7 +57,8 @@ def plot_progress(cells: Sequence[Cell]) -> Figure | None:
         name_axes(axes, "round", cells[0].metric if axes is panels[0] else "", titles[part])
         means = [series.mean for _, series in found if series is not None]
         if cells[0].metric == "accuracy":  # what comes after the first steps is what differs
-            axes.set_ylim(bottom=min(mean[len(mean) // 10 :].min() for mean in means))
+            lows = [one.mean if one.band is None else one.band[0] for _, one in found if one is not None]
+            axes.set_ylim(bottom=min(low[len(low) // 10 :].min() for low in lows) - 0.02)
         scale_metric(axes, cells[0].metric, values=np.concatenate(means))
         scale_rounds(axes)
     legend_beside(figure, panels[0], labels)
@@ -137,13 +139,15 @@ def plot_cost(cells: Sequence[Cell]) -> Figure | None:
     style = looks(labels)
     figure, (left, right) = new_figure(6.6 + LEGEND, max(2.9, 0.2 * len(cells)), 2)
     metric, told = cells[0].metric, False
+    totals = [max(sent.values()) for cell in cells if (sent := gigabytes(cell.runs[0]))]
+    unit, size = size_unit(max(totals, default=0.0))
     for cell in cells:
         line = style[cell.label]
-        size, spread = cell.of_runs(_relative_size), cell.spread()
-        if size is not None and spread is not None:
+        parameters, spread = cell.of_runs(_relative_size), cell.spread()
+        if parameters is not None and spread is not None:
             told = True
             left.errorbar(
-                size.mean, spread.mean, yerr=spread.std, fmt=line["marker"], color=line["color"], markersize=6,
+                parameters.mean, spread.mean, yerr=spread.std, fmt=line["marker"], color=line["color"], markersize=6,
                 markerfacecolor=line["markerfacecolor"], elinewidth=1, capsize=2, label=row_title(cell.label),
             )  # fmt: skip
         series, sent = evaluations(cell), gigabytes(cell.runs[0])
@@ -153,7 +157,7 @@ def plot_cost(cells: Sequence[Cell]) -> Figure | None:
         if not any(sent.values()):  # nothing leaves its client
             right.axhline(series.mean[-1], **{**dashes, "linestyle": ":", "linewidth": 1.0})
             continue
-        x = [sent.get(at, math.nan) for at in series.rounds]
+        x = [sent.get(at, math.nan) / size for at in series.rounds]
         right.plot(x, series.mean, label=row_title(cell.label), **dashes)
         if series.band is not None:
             right.fill_between(x, *series.band, color=line["color"], alpha=0.16, linewidth=0)
@@ -166,7 +170,7 @@ def plot_cost(cells: Sequence[Cell]) -> Figure | None:
     name_axes(left, "parameters of a client's model, base = 100 %", metric, "after the last round")
     if right.lines:
         scale_sizes(right)
-    name_axes(right, "sent by server and clients, GB", "", "while training")
+    name_axes(right, f"sent by server and clients, {unit}", "", "while training")
     legend_beside(figure, left if left.get_legend_handles_labels()[0] else right, labels)
     return figure
 

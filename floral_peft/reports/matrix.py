@@ -131,7 +131,10 @@ def matrix(runs: Sequence[Run], metric: str | None = None) -> Matrix:
     """
     done = [run for run in runs if run.is_done and run.metrics]
     if not done:
-        raise ValueError("none of the runs is done: there is nothing to tell yet.")
+        raise ValueError(
+            "none of the runs is done: there is nothing to tell yet. (A run that was trained in Python is done once "
+            "floral_peft.reports.save_run(trainer) has written what belongs to it.)"
+        )
     found: dict[tuple[str, str], list[Run]] = {}
     for run, label in zip(done, run_labels(done), strict=True):
         twins = [other for other in found.setdefault((label, run.task), []) if other.seed == run.seed]

@@ -18,6 +18,8 @@ from floral_peft.reports.style import COLOURS, INK
 
 
 MOST_NAMED_CLIENTS = 40
+#: An adaptor is used where a client gives it this weight.
+_USED = 0.01
 
 
 def plot_mixtures(ids: Sequence[ClientId], mixtures: Tensor, clusters: Mapping[ClientId, int] | None = None) -> Figure:
@@ -79,6 +81,8 @@ def order_mixtures(
 def plot_curves(runs: Sequence[Run], metric: str) -> Figure:
     """The metric over the rounds: a colour for each run, solid the mean over clients, dashed the worst 10 % of them.
 
+    A dotted line stands where a search ends: adaptors are then compressed, and learn again for some rounds.
+
     Args:
         runs: The runs, named by their methods.
         metric: Name without `eval_`.
@@ -95,11 +99,17 @@ def plot_curves(runs: Sequence[Run], metric: str) -> Figure:
             if not rounds or any(name not in run.evaluations[at] for at in rounds):
                 raise ValueError(f"{run.folder} has no {name} in its evaluations.")
             values = [run.evaluations[at][name] for at in rounds]
-            label = run.method if style == "-" else None
+            label = f"{run.method}, mean over clients" if style == "-" else None
             axes.plot(rounds, values, style, color=colour, linewidth=1.8 if label else 1.0, label=label)
     axes.plot([], [], "--", color=INK, linewidth=1.0, label="worst 10 % of clients")
+    for at in {at for run in runs if (at := run.search_ended) is not None}:
+        axes.axvline(at, color=INK, linewidth=0.7, linestyle=":")
+        axes.annotate(
+            "search ends", (at, 0.01), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
+            fontsize=7, color=INK,
+        )  # fmt: skip
     axes.set_xlabel("round", fontsize=9, color=INK)
-    axes.set_ylabel(f"{metric}, mean over clients", fontsize=9, color=INK)
+    axes.set_ylabel(f"{metric} of a client", fontsize=9, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if metric == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
@@ -112,8 +122,9 @@ def plot_curves(runs: Sequence[Run], metric: str) -> Figure:
 
 
 def _by_place(mixtures: Tensor) -> list[int]:
-    """Adaptors by where down the page [clients, C] they are used, on average."""
+    """Adaptors by where down the page [clients, C] they are used, on average; those that nobody uses come last."""
     place = torch.arange(len(mixtures), dtype=mixtures.dtype) @ mixtures / mixtures.sum(dim=0).clamp_min(1e-12)
+    place[mixtures.amax(dim=0) < _USED] = len(mixtures)
     columns: list[int] = place.argsort().tolist()
     return columns
 

@@ -30,7 +30,8 @@ def plot_usage(cells: Sequence[Cell]) -> Figure | None:
         return None
     columns = min(len(found), 4)
     rows = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(2.3 * columns + 0.4, 1.9 * rows), layout="constrained")
+    figure = Figure(figsize=(max(3.0, 2.3 * columns + 0.4), 1.9 * rows + 0.3), layout="constrained")
+    figure.suptitle("Shares of the adaptors, a shade each (first seed)", fontsize=8, color=INK)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in panels.flat:
         axes.set_visible(False)
@@ -109,7 +110,9 @@ def plot_all_mixtures(cells: Sequence[Cell]) -> Figure | None:
         bar.ax.set_title("weight", fontsize=7, color=INK)
         bar.ax.tick_params(length=0, labelsize=7, colors=INK)
         bar.outline.set_linewidth(0.6)
-    figure.supxlabel("adaptor, by the clusters that use it", fontsize=8, color=INK)
+    figure.supxlabel(
+        "adaptor, by the clusters that use it; a row is a client, lines part the clusters", fontsize=8, color=INK
+    )
     return figure
 
 

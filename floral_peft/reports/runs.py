@@ -78,6 +78,16 @@ class Run:
         return next((event for event in reversed(self.records) if event["event"] == "round"), {})
 
     @property
+    def search_ended(self) -> int | None:
+        """After which round the routers' search among more adaptors ended; None if it did not, or there was none."""
+        ends = (
+            event["round"]
+            for event in self.records
+            if event.get("lost") or any(drop["why"] == "bound" for drop in event.get("pruned") or ())
+        )
+        return next(ends, None)
+
+    @property
     def metrics(self) -> dict[str, float]:
         """What the last evaluation measured; empty if there was none."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else {}

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from floral_peft.reports.labels import is_told_the_truth, row_title, sibling
 
@@ -84,12 +85,26 @@ def scale_metric(axes: Axes, metric: str, axis: str = "y", values: Iterable[floa
         one.set_minor_formatter(NullFormatter())
 
 
+def size_unit(gigabytes: float) -> tuple[str, float]:
+    """The unit in which so much reads well, and how many gigabytes it is."""
+    units = (("GB", 1.0), ("MB", 1e-3), ("kB", 1e-6))
+    return next((unit for unit in units if gigabytes >= unit[1]), units[-1])
+
+
 def scale_sizes(axes: Axes) -> None:
-    """A logarithm along x, with plain numbers."""
+    """A logarithm along x, with plain numbers, where sizes differ by more than a factor of ten."""
+    drawn = np.concatenate([np.asarray(line.get_xdata(), dtype=float) for line in axes.lines])
+    found = drawn[(drawn > 0) & np.isfinite(drawn)]
+    if not len(found) or found.max() < 10 * found.min():
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        return
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    steps = (1.0, 2.0, 5.0) if high < 30 * low else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps, numticks=8))
+    steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

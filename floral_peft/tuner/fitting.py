@@ -20,10 +20,19 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
     Raises:
         ValueError: the model returns no loss, and its outputs are not those of a classifier.
+        TypeError: the model does not take the batch's columns.
     """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        outputs = model(**{name: _on(device, value) for name, value in batch.items()})
+        try:
+            outputs = model(**{name: _on(device, value) for name, value in batch.items()})
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise TypeError(
+                f"the model does not take the batch's columns {sorted(batch)} by keyword ({error}): give "
+                "loss=..., which runs the model on a batch and returns the loss."
+            ) from error
     else:
         outputs = model(_on(device, batch))
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)

@@ -273,6 +273,11 @@ class FloralModel(Clients, Shrinking, BaseTuner):
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.train_base:
+            if any(isinstance(module, FloralLayer) and module.merged for module in model.modules()):
+                raise ValueError(
+                    "Cannot save an adapter whose base trains: one client's mixture is merged into the weights, which "
+                    "would be saved with it. Call `unmerge_adapter` first."
+                )
             wrapped = _names(model, AuxiliaryTrainingWrapper)
             infixes = _names(model, FloralLayer)
             for key, value in state_dict.items():

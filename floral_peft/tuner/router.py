@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from floral_peft.nearest import did_you_mean
 from floral_peft.tuner.recompute import Recomputation, Seen
 
 
@@ -365,6 +366,10 @@ class RouterSettings:
             return int(client)
         name = client if isinstance(client, str) else int(client)
         if name not in self.row_by_name:
-            known = ", ".join(repr(name) for name in list(self.row_by_name)[:5])
-            raise ValueError(f"Client {client!r} is unknown to adapter {adapter_name!r}: it knows {known}, ...")
+            known = list(map(repr, self.row_by_name))
+            more = f" and {len(known) - 5} more" if len(known) > 5 else ""
+            raise ValueError(
+                f"Client {client!r} is unknown to adapter {adapter_name!r}, which knows {', '.join(known[:5])}{more}"
+                f"{did_you_mean(str(name), map(str, self.row_by_name))}"
+            )
         return self.row_by_name[name]

@@ -26,7 +26,7 @@ PRUNED = run_of({"usage": [0.2] * 5, "adaptors": [0, 1, 2, 3, 4], "pruned": [GON
 
 def test_removed_adaptors_are_told_with_their_reason_and_those_hardly_used() -> None:
     assert adaptors_in_words(PRUNED) == (
-        "3 of 5 adaptors are left; removed: 1 (dead, round 1), 2 (like 0, round 1); hardly used: 4."
+        "3 of 5 adaptors are left; removed: 1 (dead, round 1), 2 (most like 0, round 1); hardly used: 4."
     )
 
 
@@ -34,6 +34,11 @@ def test_adaptors_that_became_one_are_not_called_dead() -> None:
     pooled = [{**GONE, "adaptor": number, "why": "pooled", "share": 0.3} for number in (1, 2)]
     words = adaptors_in_words(run_of({"usage": [0.4, 0.3, 0.3], "pruned": pooled}, {"usage": [1.0], "adaptors": [0]}))
     assert words == "1 of 3 adaptors are left; removed: 1 (pooled, round 1), 2 (pooled, round 1)."
+
+
+def test_who_goes_because_more_were_left_than_may_stay_is_not_called_a_duplicate() -> None:
+    words = adaptors_in_words(run_of({"usage": [0.5, 0.3, 0.2], "pruned": [{**LIKE, "why": "bound"}]}))
+    assert words == "2 of 3 adaptors are left; removed: 2 (more than may stay, most like 0, round 1)."
 
 
 def test_duplicates_are_told_once() -> None:

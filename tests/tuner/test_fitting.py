@@ -51,6 +51,11 @@ def test_it_is_the_posterior_given_the_examples(reduction: str, config: dict[str
     assert found[1] == 0
 
 
+def test_a_model_that_does_not_take_the_columns_asks_for_a_loss() -> None:
+    with pytest.raises(TypeError, match=r"columns \['inputs', 'labels'\] by keyword .* give loss=\.\.\."):
+        net().fit_router([{"inputs": X, "labels": Y}])
+
+
 def test_nothing_but_the_router_changes() -> None:
     model = net(num_clients=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -70,6 +70,15 @@ def test_a_loaded_adapter_gives_the_same_outputs(
             assert torch.equal(model(X), loaded(X))
 
 
+def test_a_trained_base_is_not_saved_with_a_clients_mixture_in_it(tmp_path: Path) -> None:
+    model = floral_net(train_base=True)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.save_pretrained(tmp_path)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+
+
 def test_a_trained_base_is_saved_under_the_bare_models_names(tmp_path: Path) -> None:
     floral_net(train_base=True).save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()

@@ -155,6 +155,8 @@ def test_named_clients() -> None:
     torch.testing.assert_close(model(X, client_ids=["../x"] * 4), model(X, client_ids=torch.tensor([3] * 4)))
     with pytest.raises(ValueError, match=r"Client 1 is unknown.*'hamlet'"):
         model.set_client(1)
+    with pytest.raises(ValueError, match=r"knows 'hamlet', 'ophelia', 7, '../x': did you mean 'hamlet'\?"):
+        model.set_client("Hamlet")
 
 
 def test_routers_can_be_read_written_and_replaced() -> None:
