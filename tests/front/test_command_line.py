@@ -115,7 +115,7 @@ def test_an_interrupted_training_says_how_to_go_on(
     interrupted_in(method, words, monkeypatch)
     told = capsys.readouterr().err
     if (method, save_steps) == ("floral", "3"):
-        assert "interrupted, and there is no checkpoint to go on from: --save_steps N makes one" in told
+        assert "interrupted, and there is no checkpoint yet to go on from: --save_steps N makes one" in told
         return
     again = shlex.split(told.partition("Go on with it: floral-peft ")[2])
     assert again == [*words, "--output_dir", "runs/digits", "--resume_from_checkpoint", "true"]
