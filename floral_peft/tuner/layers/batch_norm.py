@@ -46,6 +46,9 @@ class _OwnStatistics(Norm):
         super().__init__(base_layer, router, name)
         self.floral_mean = BufferDict({}, persistent=True)
         self.floral_var = BufferDict({}, persistent=True)
+        self._before: tuple[Tensor, Tensor] | None = (
+            None  # within a forward pass in training: the main ones until then
+        )
 
     @override
     def add_adaptors(self, adapter_name: str, config: FloralConfig, rank: int | None) -> None:
@@ -71,6 +74,20 @@ class _OwnStatistics(Norm):
     def _names(self) -> list[str]:
         """The adapters that take part in a forward pass."""
         return [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if self.holds(n)]
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = self._names()
+        base = self.get_base_layer()
+        if not names or not base.training:
+            return super().forward(x, *args, **kwargs)
+        mean, var = self._before = base.running_mean.clone(), base.running_var.clone()
+        try:
+            result = super().forward(x, *args, **kwargs)
+        finally:
+            self._before = None
+        self._track(names, mean, var)
+        return result
 
     @torch.no_grad()
     def _track(self, names: list[str], mean: Tensor, var: Tensor) -> None:
@@ -114,7 +131,6 @@ class BatchNorm(_OwnStatistics):
 
     def __init__(self, base_layer: nn.Module, router: Router, name: str) -> None:
         super().__init__(base_layer, router, name)
-        self._by_batch = False  # within a forward pass in training
         self._added: dict[str, dict[str, Tensor]] = {}  # what merged adapters have added
 
     @classmethod
@@ -163,7 +179,7 @@ class BatchNorm(_OwnStatistics):
     @override
     def _mixed(self, adapter_name: str, mixture: Tensor) -> dict[str, Tensor]:
         own = super()._mixed(adapter_name, mixture)
-        if self._by_batch:
+        if self._before is not None:  # the batch's own count
             return own
         base = self.get_base_layer()
         sigmas = (self.floral_var[adapter_name] + base.eps).sqrt()
@@ -173,21 +189,6 @@ class BatchNorm(_OwnStatistics):
         scale = base.weight - sum(added["weight"] for added in self._added.values())
         whole = scale + own.get("weight", 0.0)
         return {"weight": whole * ratio - scale, "bias": whole * shift + own.get("bias", 0.0)}
-
-    @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self._names()
-        base = self.get_base_layer()
-        if not names or not base.training:
-            return super().forward(x, *args, **kwargs)
-        mean, var = base.running_mean.clone(), base.running_var.clone()
-        self._by_batch = True
-        try:
-            result = super().forward(x, *args, **kwargs)
-        finally:
-            self._by_batch = False
-        self._track(names, mean, var)
-        return result
 
     @override
     def _followed(self, mixture: Tensor) -> Tensor:
@@ -205,10 +206,6 @@ class ReparametrizedBatchNorm(_OwnStatistics):
     adaptor's move at the rate π_c times the layer's momentum: one that the client does not use stays what it was. They
     describe a client's data and are private to it, as are the main ones (`private_buffers`).
     """
-
-    def __init__(self, base_layer: nn.Module, router: Router, name: str) -> None:
-        super().__init__(base_layer, router, name)
-        self._before: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def fits(base: nn.Module) -> bool:
@@ -241,23 +238,14 @@ class ReparametrizedBatchNorm(_OwnStatistics):
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = self._names()
-        base = self.get_base_layer()
-        if not names or not base.training:
-            return super().forward(x, *args, **kwargs)
-        if not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None:
+        moves = self._names() and self.get_base_layer().training
+        if moves and not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None:
             raise RuntimeError(
                 f"Layer {self.name} is recomputed in backward (gradient checkpointing), but its statistics have moved "
                 "since, so the gradients would be wrong. Do not checkpoint it, or use adapt_norms=True instead of "
                 '"reparametrized".'
             )
-        mean, var = self._before = base.running_mean.clone(), base.running_var.clone()
-        try:
-            result = super().forward(x, *args, **kwargs)
-        finally:
-            self._before = None
-        self._track(names, mean, var)
-        return result
+        return super().forward(x, *args, **kwargs)
 
     @override
     def _followed(self, mixture: Tensor) -> Tensor:
