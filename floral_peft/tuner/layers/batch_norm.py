@@ -46,9 +46,8 @@ class _OwnStatistics(Norm):
         super().__init__(base_layer, router, name)
         self.floral_mean = BufferDict({}, persistent=True)
         self.floral_var = BufferDict({}, persistent=True)
-        self._before: tuple[Tensor, Tensor] | None = (
-            None  # within a forward pass in training: the main ones until then
-        )
+        # Within a forward pass in training: the main ones before it.
+        self._before: tuple[Tensor, Tensor] | None = None
 
     @override
     def add_adaptors(self, adapter_name: str, config: FloralConfig, rank: int | None) -> None:
