@@ -56,6 +56,22 @@ def test_a_model_that_does_not_take_the_columns_asks_for_a_loss() -> None:
         net().fit_router([{"inputs": X, "labels": Y}])
 
 
+def test_a_type_error_inside_the_model_is_its_own() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            found: Tensor = self.linear(inputs.tolist())
+            return found
+
+    model = get_peft_model(Broken(), FloralConfig(target_modules=["linear"]))
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        model.fit_router([{"inputs": X}])
+    assert "loss=" not in str(caught.value)
+
+
 def test_nothing_but_the_router_changes() -> None:
     model = net(num_clients=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
