@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -22,12 +23,12 @@ from floral_peft.federated.norms import resting_norms
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.seeding import ClientId, derive_seed
 from floral_peft.federated.server import PrivateState, ServerState
-from floral_peft.federated.stacked_gradients import clip_stacked, clip_steps_stacked, precondition_stacked
+from floral_peft.federated.stacked_gradients import FactorChange, change_stacked, clip_stacked, clip_weights_stacked
 from floral_peft.federated.stacked_model import Stack, StackedModel
 from floral_peft.federated.stacked_optimizer import StackedOptimizer, unserved
-from floral_peft.federated.used_adaptors import AdaptorAxes, UsedSlices
+from floral_peft.federated.used_adaptors import AdaptorAxes, UsedSlices, grouped_by_use
 from floral_peft.federated.workplace import Workplace
-from floral_peft.tuner import base_weights, factor_pairs
+from floral_peft.tuner import base_weights, clip_steps, factor_pairs, precondition_gradients
 
 
 logger = logging.getLogger(__name__)
@@ -118,22 +119,23 @@ class SideBySide:
             return {}
         # Clients of similar length stand side by side: those that step together are then seldom copied.
         entered.sort(key=lambda one: -one[0].num_examples)
-        lanes = [lane for lane, _ in entered]
-        for row, lane in enumerate(lanes):
-            lane.row = row
         self._visitor.load({}, state)  # loading may have used the model
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
-        privates = [private for _, private in entered]
-        used = self._used(privates, trainable)
-        stacked = self._stack(privates, held, used)
-        self._model.train()
-        for norm in self._resting:
-            norm.eval()
-        packed = pack(lanes, self._accelerator.device)
-        for phase in training_phases(trainable, self._groups, self._place.args.alternating):
-            losses = self._run_phase(phase, lanes, packed, stacked, state)
-        ids = [client_ids[lane.position] for lane in lanes]
-        return self._results(ids, lanes, privates, used, stacked, losses, state)
+        found: dict[int, Outcome] = {}
+        for group, used in self._by_use(entered, trainable):
+            lanes, privates = [lane for lane, _ in group], [private for _, private in group]
+            for row, lane in enumerate(lanes):
+                lane.row = row
+            stacked = self._stack(privates, held, used)
+            self._model.train()
+            for norm in self._resting:
+                norm.eval()
+            packed = pack(lanes, self._accelerator.device)
+            for phase in training_phases(trainable, self._groups, self._place.args.alternating):
+                losses = self._run_phase(phase, lanes, packed, stacked, state)
+            ids = [client_ids[lane.position] for lane in lanes]
+            found |= self._results(ids, lanes, privates, used, stacked, losses, state)
+        return found
 
     def _enter(
         self, position: int, client_id: ClientId, load: Load, held: Mapping[str, Tensor], round: int
@@ -150,13 +152,19 @@ class SideBySide:
         lane = Lane(position, examples, generators, order, constants)
         return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
 
-    def _used(self, privates: Sequence[PrivateState], trainable: Sequence[str]) -> UsedSlices | None:
-        """What each client uses of the adaptors; None where all of them use the whole of them."""
+    def _by_use(
+        self, entered: Sequence[tuple[Lane, PrivateState]], trainable: Sequence[str]
+    ) -> Iterator[tuple[Sequence[tuple[Lane, PrivateState]], UsedSlices | None]]:
+        """Groups of clients, and what each of them uses of the adaptors; None where that is the whole of them."""
         axes = self._axes.among(trainable)
         if not axes:
-            return None
-        routers = {name: torch.stack([private[name] for private in privates]) for name in axes if name in privates[0]}
-        return UsedSlices.of(axes, StackedModel(self._model, self._forward, self._accelerator, routers).mixtures())
+            yield entered, None
+            return
+        private = [private for _, private in entered]
+        routers = {name: torch.stack([own[name] for own in private]) for name in axes if name in private[0]}
+        mixtures = StackedModel(self._model, self._forward, self._accelerator, routers).mixtures()
+        for rows in grouped_by_use(mixtures):
+            yield [entered[row] for row in rows], UsedSlices.of(axes, mixtures[rows])
 
     def _stack(
         self, privates: Sequence[PrivateState], held: Mapping[str, Tensor], used: UsedSlices | None
@@ -186,8 +194,12 @@ class SideBySide:
         optimizer = StackedOptimizer(args.build_optimizer(optimizer_groups(trained, self._groups, args)), len(lanes))
         names: dict[Tensor, str] = {parameter: name for name, parameter in self._model.named_parameters()}
         longest, longest_adaptor = args.step_norms
-        asked = args.precondition or longest_adaptor
-        factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if asked else []
+        changes: list[FactorChange] = []
+        if args.precondition:
+            changes.append(partial(precondition_gradients, epsilon=args.precondition_epsilon))
+        if longest_adaptor:
+            changes.append(partial(clip_steps, max_norm=longest_adaptor))
+        factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if changes else []
         weights = [names[weight] for weight in base_weights(self._model)] if longest else []
         pull = Pull(trained, self._groups.anchors, state.tensors, args.proximal_weight)
         totals = torch.zeros(len(lanes), device=self._accelerator.device)
@@ -201,14 +213,11 @@ class SideBySide:
                         phase, chosen, stacked_batch(group, packed), [lane.generators.device for lane in group]
                     )
                 pull([gradients[name] for name in pull.names], [trained[name][chosen] for name in pull.names])
-                if any(a in gradients or b in gradients for a, b in factors) or weights:
+                if any(a in gradients or b in gradients for a, b in factors):
                     part = {name: stacked.tensors[name][chosen] for pair in factors for name in pair}
-                    if args.precondition:
-                        precondition_stacked(factors, part, gradients, args.precondition_epsilon)
-                    if longest:
-                        clip_steps_stacked([], part, weights, gradients, longest)
-                    if longest_adaptor:
-                        clip_steps_stacked(factors, part, [], gradients, longest_adaptor)
+                    change_stacked(changes, factors, part, gradients)
+                if longest:
+                    clip_weights_stacked(weights, gradients, longest)
                 if args.max_grad_norm is not None:
                     clip_stacked(gradients.values(), args.max_grad_norm)
                 optimizer.step(chosen, {trained[name]: gradients[name] for name in phase})

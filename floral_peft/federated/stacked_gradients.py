@@ -3,68 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from floral_peft.tuner import clip_steps, precondition_gradients
+
+#: Changes the gradients of low-rank factors (A, B), as `precondition_gradients` and `clip_steps` do.
+FactorChange = Callable[[list[tuple[Tensor, Tensor]]], None]
 
 
-def precondition_stacked(
+def change_stacked(
+    changes: Sequence[FactorChange],
     pairs: Sequence[tuple[str, str]],
     factors: Mapping[str, Tensor],
     gradients: dict[str, Tensor],
-    epsilon: float | None = None,
 ) -> None:
-    """`precondition_gradients` for every client at once: to it, a client's adaptors are more adaptors.
+    """Change the gradients of all clients' adaptors as if they were one client's: to it, they are more adaptors.
 
     Args:
+        changes: What is done to them, in order; it treats each adaptor by itself.
         pairs: The names of the low-rank factors A and B of each layer.
         factors: Factors by name, A (clients, C, r, ...) and B (clients, out, C, r, ...).
         gradients: Their gradients by name, where there are any; they are replaced.
-        epsilon: As there.
     """
-    _on_wide(partial(precondition_gradients, epsilon=epsilon), pairs, factors, gradients)
-
-
-def clip_steps_stacked(
-    pairs: Sequence[tuple[str, str]],
-    factors: Mapping[str, Tensor],
-    weights: Iterable[str],
-    gradients: dict[str, Tensor],
-    max_norm: float,
-) -> None:
-    """`clip_steps` for every client at once.
-
-    Args:
-        pairs: As above.
-        factors: As above.
-        weights: The names of the base weights.
-        gradients: The gradients of both by name, (clients, ...), where there are any; they are replaced.
-        max_norm: Most that a weight may move.
-    """
-    for name in weights:
-        if (gradient := gradients.get(name)) is not None:
-            norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-            gradients[name] = gradient * (max_norm / norms).clamp(max=1.0).view(-1, *[1] * (gradient.dim() - 1))
-    _on_wide(partial(clip_steps, max_norm=max_norm), pairs, factors, gradients)
-
-
-def _on_wide(
-    function: Callable[[list[tuple[Tensor, Tensor]]], None],
-    pairs: Sequence[tuple[str, str]],
-    factors: Mapping[str, Tensor],
-    gradients: dict[str, Tensor],
-) -> None:
-    """Let a function change the gradients of all clients' adaptors as if they were one client's."""
     wide: list[tuple[Tensor, Tensor]] = []
     for first, second in pairs:
         a, b = _wide_a(factors[first]), _wide_b(factors[second])
         a.grad = _wide_a(gradients[first]) if first in gradients else None
         b.grad = _wide_b(gradients[second]) if second in gradients else None
         wide.append((a, b))
-    function(wide)
+    for change in changes:
+        change(wide)
     for names, (a, b) in zip(pairs, wide, strict=True):
         first, second = names
         if a.grad is not None:
@@ -72,6 +41,22 @@ def _on_wide(
         if b.grad is not None:
             clients, _, count = factors[second].shape[:3]
             gradients[second] = b.grad.unflatten(1, (clients, count)).movedim(1, 0)
+
+
+def clip_weights_stacked(weights: Iterable[str], gradients: dict[str, Tensor], max_norm: float) -> None:
+    """`clip_steps` of every client's base weights.
+
+    Args:
+        weights: The names of the base weights.
+        gradients: Gradients by name, (clients, ...), where there are any; they are replaced.
+        max_norm: Most that a weight may move in a step of rate 1.
+    """
+    for name in weights:
+        if (gradient := gradients.get(name)) is not None:
+            norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+            if norms.device.type == "cpu" and bool((norms <= max_norm).all()):  # others would wait for the answer
+                continue
+            gradients[name] = gradient * (max_norm / norms).clamp(max=1.0).view(-1, *[1] * (gradient.dim() - 1))
 
 
 def _wide_a(tensor: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from floral_peft.tuner import buffer_roles, parameter_roles, private_buffers
 
 #: torch's optimisers that move each number by its own gradients: what else is in its tensor does not count.
 ELEMENTWISE = frozenset("sgd adam adamw adagrad adadelta adamax nadam radam rmsprop rprop".split())
+#: What a step of one more group of clients costs, in adaptors of clients.
+GROUP_COST = 16
 
 
 class AdaptorAxes:
@@ -67,11 +69,45 @@ def used_adaptors(mixtures: Tensor) -> Tensor | None:
     Returns:
         The numbers, int64, each client's different ones; None if one of them uses all.
     """
-    used = mixtures.reshape(len(mixtures), -1, mixtures.shape[-1]).ne(0).any(dim=1)
+    used = _used(mixtures)
     most = int(used.sum(dim=-1).max())
     if most == used.shape[-1]:
         return None
     return used.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, :most]
+
+
+def _used(mixtures: Tensor) -> Tensor:
+    """Whether each client uses each adaptor, in any layer: (clients, C)."""
+    return mixtures.reshape(len(mixtures), -1, mixtures.shape[-1]).ne(0).any(dim=1)
+
+
+def grouped_by_use(mixtures: Tensor) -> list[list[int]]:
+    """Clients in groups to be trained side by side, each with as many adaptors as one of the group uses at most.
+
+    The more groups the fewer adaptors are trained that nobody uses, but the more steps are made: of all groupings by
+    the number of adaptors used, this one has the least Σ (clients · adaptors + GROUP_COST).
+
+    Args:
+        mixtures: Each client's π, (clients, ..., C).
+
+    Returns:
+        The clients' numbers, ascending within a group; groups that use fewer adaptors come first.
+    """
+    counts = _used(mixtures).sum(dim=-1).tolist()
+    widths = sorted(set(counts))
+    clients = [counts.count(width) for width in widths]
+    # The cheapest grouping of the narrowest i widths: its cost, and where its last group begins.
+    cheapest: list[tuple[int, int]] = [(0, 0)]
+    for end, width in enumerate(widths, start=1):
+        costs = [(cheapest[start][0] + sum(clients[start:end]) * width + GROUP_COST, start) for start in range(end)]
+        cheapest.append(min(costs))
+    groups: list[list[int]] = []
+    end = len(widths)
+    while end:
+        start = cheapest[end][1]
+        groups.insert(0, [k for k, count in enumerate(counts) if widths[start] <= count <= widths[end - 1]])
+        end = start
+    return groups
 
 
 @dataclass(frozen=True)

@@ -57,18 +57,38 @@ def clip_steps(factors: nn.Module | Iterable[Pair], max_norm: float, weights: It
 
 
 def _clip_adaptors(pairs: list[Pair], max_norm: float) -> None:
-    """For layers of one shape: ‖G_B A + B G_A‖² = ⟨G_BᵀG_B, A Aᵀ⟩ + 2 ⟨G_BᵀB, A G_Aᵀ⟩ + ⟨BᵀB, G_A G_Aᵀ⟩."""
+    """For layers of one shape. Where a cheap bound says that no step is long, as of most, no more is computed."""
     a, step_a = stack_matrices([a for a, _ in pairs]), stack_matrices([_gradient(a) for a, _ in pairs])
     b = stack_matrices([b.movedim(0, 2) for _, b in pairs])
     step_b = stack_matrices([_gradient(b).movedim(0, 2) for _, b in pairs])
-    squares = (step_b @ step_b.mT) * (a @ a.mT) + (b @ b.mT) * (step_a @ step_a.mT)
-    squares += 2 * (step_b @ b.mT) * (a @ step_a.mT)
-    scales = _scales(squares.sum(dim=(-2, -1)).clamp(min=0).sqrt(), max_norm)  # (layers, C)
+    if a.device.type == "cpu":  # others would have to wait for the answer
+        bounds = _norms(step_b) * _norms(a) + _norms(b) * _norms(step_a)
+        long = torch.logical_not(bounds <= max_norm)  # so a bound that is not finite is looked into
+        if not long.any():
+            return
+        scales = torch.ones_like(bounds)
+        scales[long] = _scales(_step_norms(a[long], step_a[long], b[long], step_b[long]), max_norm)
+    else:
+        scales = _scales(_step_norms(a, step_a, b, step_b), max_norm)  # (layers, C)
     for (a, b), scale in zip(pairs, scales, strict=True):
         if a.grad is not None:
             a.grad.mul_(scale.view(-1, *[1] * (a.dim() - 1)))
         if b.grad is not None:
             b.grad.mul_(scale.view(-1, *[1] * (b.dim() - 2)))
+
+
+def _step_norms(a: Tensor, step_a: Tensor, b: Tensor, step_b: Tensor) -> Tensor:
+    """‖G_B A + B G_A‖_F, of matrices (..., r, n) and, transposed, (..., r, m).
+
+    Its square is ⟨G_BᵀG_B, A Aᵀ⟩ + 2 ⟨G_BᵀB, A G_Aᵀ⟩ + ⟨BᵀB, G_A G_Aᵀ⟩.
+    """
+    squares = (step_b @ step_b.mT) * (a @ a.mT) + (b @ b.mT) * (step_a @ step_a.mT)
+    squares += 2 * (step_b @ b.mT) * (a @ step_a.mT)
+    return squares.sum(dim=(-2, -1)).clamp(min=0).sqrt()
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1))
 
 
 def _gradient(factor: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from floral_peft.federated.stacked_gradients import clip_steps_stacked
+from floral_peft.federated.stacked_gradients import change_stacked, clip_weights_stacked
 from floral_peft.tuner import clip_steps
 
 
@@ -25,7 +27,8 @@ def test_each_clients_steps_are_clipped_as_its_own(limit: float) -> None:
     gradients = {name: torch.randn(5, *shape).double() for name, shape in shapes.items()}
     del gradients["ka"]
     stacked = {name: value.clone() for name, value in gradients.items()}
-    clip_steps_stacked([("a", "b"), ("ka", "kb")], values, ["w", "k"], stacked, limit)
+    change_stacked([partial(clip_steps, max_norm=limit)], [("a", "b"), ("ka", "kb")], values, stacked)
+    clip_weights_stacked(["w", "k"], stacked, limit)
     for client in range(5):
         own: dict[str, Tensor] = {name: value[client].clone() for name, value in values.items()}
         for name, value in gradients.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from floral_peft.federated import ServerState, get_method
+from floral_peft.federated import used_adaptors as used_module
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.cohort import InTurn
 from floral_peft.federated.forward import Forward
 from floral_peft.federated.routers import Routers
 from floral_peft.federated.routing import schedule
 from floral_peft.federated.side_by_side import SideBySide
-from floral_peft.federated.used_adaptors import AdaptorAxes, narrowed, used_adaptors
+from floral_peft.federated.used_adaptors import GROUP_COST, AdaptorAxes, grouped_by_use, narrowed, used_adaptors
 from floral_peft.tuner import FloralLayer
 
 from .clients import floral_net, net, population, tensors, trainer
@@ -87,7 +89,9 @@ class Round:
 KINDS = [LocalTraining, SideBySide]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "group_cost"), [(LocalTraining, GROUP_COST), (SideBySide, GROUP_COST), (SideBySide, 0)]
+)
 @pytest.mark.parametrize(
     ("config", "settings"),
     [
@@ -103,13 +107,15 @@ def test_the_others_change_nothing(
     visits: ExitStack,
     monkeypatch: pytest.MonkeyPatch,
     kind: Any,
+    group_cost: int,
     config: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
+    monkeypatch.setattr(used_module, "GROUP_COST", group_cost)
     part = Round(tmp_path / "part", visits, model_of(**config), **settings)
     found = part(kind)
-    # one after the other each has its own; side by side as many as one of them needs
-    assert part.seen == ({1, 2} if kind is LocalTraining else {2})
+    # one after the other each has its own; side by side as many as one of its group needs
+    assert part.seen == ({1, 2} if kind is LocalTraining or not group_cost else {2})
     monkeypatch.setattr(AdaptorAxes, "among", lambda self, trainable: {})
     whole = Round(tmp_path / "whole", visits, model_of(**config), **settings)
     expected = whole(kind)
@@ -240,6 +246,36 @@ def test_which_they_use() -> None:
     assert used_adaptors(torch.tensor([[0.1, 0.9], [1.0, 0.0]])) is None  # one uses all
     by_layer = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
     assert used_adaptors(by_layer).tolist() == [[0, 2]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("counts", "groups"),
+    [
+        pytest.param([3, 3, 3], [[0, 1, 2]], id="all use as many"),
+        pytest.param([1, 2, 1, 2], [[0, 1, 2, 3]], id="another step would cost more than it saves"),
+        pytest.param([8] + [2] * 12, [list(range(1, 13)), [0]], id="one uses many"),
+        pytest.param([1, 8, 1, 4] * 12, None, id="three groups"),
+        pytest.param([7], [[0]], id="one client"),
+    ],
+)
+def test_clients_that_use_as_many_train_side_by_side(counts: list[int], groups: list[list[int]] | None) -> None:
+    used = torch.arange(8) < torch.tensor(counts).unsqueeze(1)
+    found = grouped_by_use((used / used.sum(dim=1, keepdim=True)).unsqueeze(1))
+    if groups is None:
+        groups = [[k for k, count in enumerate(counts) if count == width] for width in (1, 4, 8)]
+    assert found == groups
+
+
+def test_groups_are_the_cheapest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        counts = torch.randint(1, 5, (9,), generator=generator).tolist()
+        used = torch.arange(4) < torch.tensor(counts).unsqueeze(1)
+        cost = sum(len(group) * max(counts[k] for k in group) + GROUP_COST for group in grouped_by_use(used.float()))
+        for cuts in product((False, True), repeat=3):  # after one, two, three adaptors
+            number = [sum(cuts[: count - 1]) for count in counts]
+            widest = {group: max(c for c, n in zip(counts, number, strict=True) if n == group) for group in number}
+            assert cost <= sum(widest[group] for group in number) + GROUP_COST * len(widest)
 
 
 def test_a_mixture_without_its_traces(tmp_path: Path) -> None:
