@@ -1,6 +1,6 @@
 """What a round costs: FedAvg and FLoRAL beside a plain loop, many clients at once, two processes, a large population.
 
-    python benchmarks/engine.py [--parts rounds,cohort,processes,population] [--repeats 5] [--rounds 3]
+    python benchmarks/engine.py [--parts rounds,cohort,memory,processes,population] [--repeats 5] [--rounds 3]
 
 One thread, CPU (`--device cuda` for the parts "rounds" and "cohort"). Figures are ratios measured in one run: the
 variants take turns in a new random order in each repeat, each repeat's first round is left out, and medians over all
@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -194,6 +195,22 @@ def cohort_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def memory_part(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rounds of processes that keep what they free, and of processes that give it back to the system."""
+    results = []
+    handed_back = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}  # set, so that nothing else is
+    for name in SETTINGS:
+        for cohort in ("loop", "vectorized"):
+
+            def ours(environment: dict[str, str], name: str = name, cohort: str = cohort) -> Variant:
+                own = ["--worker", name, "--cohort", cohort]
+                return lambda: (in_processes(1, own, options.rounds, environment), [])
+
+            variants = {"kept": ours({}), "given back": ours(handed_back)}
+            results.append(compare(f"{name}, FedAvg, {cohort}", variants, "given back", options))
+    return results
+
+
 def processes_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One process and two, one thread each, by the wall clock. Needs two idle cores."""
     results = []
@@ -201,28 +218,32 @@ def processes_part(options: argparse.Namespace) -> list[dict[str, Any]]:
         seconds: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(options.repeats):
             for count in options.rng.sample([1, 2], 2):
-                seconds[count] += in_processes(count, name, options.rounds)
+                seconds[count] += in_processes(count, ["--worker", name], options.rounds)
         gain = statistics.median(seconds[1]) / statistics.median(seconds[2])
         print(f"\n{name}, FedAvg: two processes are {gain:.2f} × as fast as one")
         results.append({"title": f"{name}, two processes", "speedup": gain, "seconds": seconds})
     return results
 
 
-def in_processes(count: int, name: str, rounds: int) -> list[float]:
+def in_processes(
+    count: int, work: Sequence[str], rounds: int, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[float]:
     """Wall-clock seconds of the rounds of a run in so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
-        own = [str(Path(__file__).resolve()), "--worker", name, "--rounds", str(rounds), "--out", str(out)]
+        own = [str(Path(__file__).resolve()), *work, "--rounds", str(rounds), "--out", str(out)]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        subprocess.run([*launcher, *own], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S603
+        told = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        subprocess.run([*launcher, *own], check=True, env=told)  # noqa: S603
         return json.loads(out.read_text())
 
 
 def worker(options: argparse.Namespace) -> None:
     """One of the processes of `in_processes`."""
     setting = SETTINGS[options.worker]
-    options.clock = time.perf_counter
-    seconds, _ = run_rounds(initial_net(setting), "fedavg", setting, clients_of(setting), options, cohort="loop")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        options.clock = time.perf_counter
+    seconds, _ = run_rounds(initial_net(setting), "fedavg", setting, clients_of(setting), options, options.cohort)
     if os.environ.get("RANK", "0") == "0":
         options.out.write_text(json.dumps(seconds))
 
@@ -286,6 +307,7 @@ def crowd(options: argparse.Namespace) -> None:
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "rounds": rounds_part,
     "cohort": cohort_part,
+    "memory": memory_part,
     "processes": processes_part,
     "population": population_part,
 }
@@ -299,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     parser.add_argument("--worker", choices=SETTINGS, help=argparse.SUPPRESS)
+    parser.add_argument("--cohort", default="loop", help=argparse.SUPPRESS)
     parser.add_argument("--crowd", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
