@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -225,7 +225,9 @@ class WeightedMean:
         self._sums = {name: ExactSum(value, cohort_size) for name, value in reference.items()}
         self._scratch = _largest(self._sums.values())
         self._usage = None if routers is None else ExactSum(torch.zeros(routers), cohort_size)
-        self._told = {name: ExactSum(torch.zeros(shape), cohort_size) for name, shape in (sums or {}).items()}
+        self._shapes = dict(sums or {})
+        length = sum(shape.numel() for shape in self._shapes.values())
+        self._told = ExactSum(torch.zeros(length), cohort_size) if length else None  # all in one, for they are small
         self._examples = 0
 
     def add(self, update: ClientUpdate) -> None:
@@ -239,14 +241,15 @@ class WeightedMean:
         self._examples += update.num_examples
         if update.usage is not None and self._usage is not None:
             self._usage.add(update.usage, 1, most)
-        for name, value in update.sums.items():
-            self._told[name].add(value, 1, update.told_peaks[name])
+        if self._told is not None:
+            told = torch.cat([update.sums[name].flatten() for name in self._shapes])
+            self._told.add(told, 1, max(update.told_peaks.values()))
 
     def reduce(self, processes: Processes) -> None:
         """Make these the sums of what all processes have added; the same bits as if one had added it all."""
         if processes.count == 1:
             return
-        sums = [*self._sums.values(), *([] if self._usage is None else [self._usage]), *self._told.values()]
+        sums = [*self._sums.values(), *(total for total in (self._usage, self._told) if total is not None)]
         told = processes.collect([self._examples, [total.classes() for total in sums]])
         self._examples = sum(examples for examples, _ in told)
         live = [sorted(set().union(*classes)) for classes in zip(*(classes for _, classes in told), strict=True)]
@@ -268,7 +271,11 @@ class WeightedMean:
             cluster = self._groups.clustered.get(name)
             scale = 1 / self._examples if cluster is None else _along(weight, cluster, total)
             deltas[name] = total.result().mul_(scale)
-        return Aggregate(deltas, share, {name: total.result() for name, total in self._told.items()})
+        told: Sequence[Tensor] = ()
+        if self._told is not None:
+            told = self._told.result().split([shape.numel() for shape in self._shapes.values()])
+        sums = {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), told, strict=True)}
+        return Aggregate(deltas, share, sums)
 
 
 def _largest(sums: Iterable[ExactSum]) -> dict[torch.device, Tensor]:

@@ -107,11 +107,11 @@ class Examples:
         found.arrays = found._arrays if self._transform is None else None
         return found
 
-    def classes(self) -> Tensor | None:
+    def classes(self) -> np.ndarray | None:
         """The examples' labels, where a column of integers holds them, any shape; else None."""
         if self._arrays is not None:
             labels = self._arrays.get("labels")
-            return torch.tensor(labels) if labels is not None and labels.dtype == np.int64 else None
+            return labels if labels is not None and labels.dtype == np.int64 else None
         return labels_of(self._dataset)
 
     def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[int, Batch]]:

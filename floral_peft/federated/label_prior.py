@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from datasets import Dataset
 from datasets.formatting import query_table
@@ -14,7 +15,7 @@ from floral_peft.federated.dataset import LABEL_COLUMNS
 PSEUDO_COUNT = 0.3
 
 
-def label_log_prior(labels: Tensor, classes: int) -> Tensor:
+def label_log_prior(labels: np.ndarray, classes: int) -> Tensor:
     """Log q, q(y) = (count(y) + ε) / (n + ε·classes): shape (classes,), float32.
 
     Labels that are negative, which losses leave out, are not counted.
@@ -23,15 +24,15 @@ def label_log_prior(labels: Tensor, classes: int) -> Tensor:
         labels: A client's labels, integers, any shape.
         classes: How many labels there are.
     """
-    counts = torch.bincount(labels[labels >= 0].flatten(), minlength=classes).float() + PSEUDO_COUNT
-    return torch.log(counts / counts.sum())
+    counts = np.bincount(labels[labels >= 0].ravel(), minlength=classes).astype(np.float32) + PSEUDO_COUNT
+    return torch.from_numpy(np.log(counts / counts.sum()))
 
 
-def labels_of(dataset: Dataset) -> Tensor | None:
+def labels_of(dataset: Dataset) -> np.ndarray | None:
     """The labels of a client's examples; None where no column of numbers holds them."""
     names = [name for name in dataset.format["columns"] if name in LABEL_COLUMNS]
     if len(names) != 1 or len(dataset) == 0:
         return None
     column = query_table(dataset.data, slice(0, len(dataset)), indices=dataset._indices)[names[0]]
-    values = column.to_numpy()
-    return torch.tensor(values) if values.dtype.kind in "iu" else None
+    values: np.ndarray = column.to_numpy()
+    return values if values.dtype.kind in "iu" else None
