@@ -18,7 +18,7 @@ from floral_peft.tuner import buffer_roles, parameter_roles, private_buffers
 #: torch's optimisers that move each number by its own gradients: what else is in its tensor does not count.
 ELEMENTWISE = frozenset("sgd adam adamw adagrad adadelta adamax nadam radam rmsprop rprop".split())
 #: What a step of one more group of clients costs, in adaptors of clients.
-GROUP_COST = 16
+GROUP_COST = 32
 
 
 class AdaptorAxes:

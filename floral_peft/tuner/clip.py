@@ -88,7 +88,10 @@ def _step_norms(a: Tensor, step_a: Tensor, b: Tensor, step_b: Tensor) -> Tensor:
 
 
 def _norms(matrices: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    """‖·‖_F of matrices (..., r, n). `vector_norm` takes eight times as long where they are views with n outermost."""
+    if matrices.is_contiguous():
+        return torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return matrices.square().sum(dim=-1).sum(dim=-1).sqrt()
 
 
 def _gradient(factor: Tensor) -> Tensor:

@@ -254,7 +254,7 @@ def test_which_they_use() -> None:
         pytest.param([3, 3, 3], [[0, 1, 2]], id="all use as many"),
         pytest.param([1, 2, 1, 2], [[0, 1, 2, 3]], id="another step would cost more than it saves"),
         pytest.param([8] + [2] * 12, [list(range(1, 13)), [0]], id="one uses many"),
-        pytest.param([1, 8, 1, 4] * 12, None, id="three groups"),
+        pytest.param([1, 8, 1, 4] * 24, None, id="three groups"),
         pytest.param([7], [[0]], id="one client"),
     ],
 )
