@@ -1,38 +1,40 @@
-"""Memory that a process has freed stays with it, so that the next step need not ask the system for the same again."""
+"""Memory that a training step has freed serves the next one, without a detour by the system."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from functools import lru_cache
 
 
 #: mallopt's numbers for M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
 _TRIM, _MMAP = -1, -3
-#: Bytes of the largest block that is taken from what was freed, if the C library allows it; all allow the second.
-LARGEST = (2**28, 2**25)
-#: Bytes of freed memory that stay.
-KEPT = 2**30
-#: Who sets one of these tunes memory, and is not to be disturbed.
-TUNED_BY = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+#: Bytes of the largest block that comes from the heap: the most to which glibc moves this bound by itself.
+_LARGEST = 2**25
+#: Bytes at the end of the heap that may be free before they are given back.
+_FREE = 2**28
 
 
-@lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
-    """Have the C library keep up to a gigabyte of what the process frees.
+    """Have glibc give memory back to the system when 256 MB at the heap's end are free, and not sooner.
 
-    Clients that train side by side need the same few tensors of tens of megabytes in every step. glibc hands blocks of
-    that size back to the system and fetches them again, and the system zeroes every page of them. On a CPU that may
-    take as long as the arithmetic (`benchmarks/engine.py --parts memory`).
+    Clients that train side by side need the same tensors of tens of megabytes in every step. By default glibc gives
+    them back as soon as the heap ends in twice the largest of them, and fetches them again, and the system zeroes
+    every page. On a CPU that takes a good part of a round (`benchmarks/engine.py --parts memory`).
+
+    Who has tuned the allocator is not disturbed: where an environment variable that begins with `MALLOC_` is set, or
+    `LD_PRELOAD`, or `GLIBC_TUNABLES` with a setting of malloc, nothing is done.
 
     Returns:
-        Whether it does now: not without glibc, nor where one of the environment variables in `TUNED_BY` is set.
+        Whether it does so now; not without glibc.
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in TUNED_BY):
+    tuned = any(value for name, value in os.environ.items() if name.startswith("MALLOC_") or name == "LD_PRELOAD")
+    if tuned or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not sys.platform.startswith("linux"):
         return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    try:
+        library = ctypes.CDLL(None)
+        _ = library.gnu_get_libc_version  # not in other C libraries
+        # Both or none: once one is set glibc no longer moves the other, which begins at 128 KB.
+        return bool(library.mallopt(_MMAP, _LARGEST)) and bool(library.mallopt(_TRIM, _FREE))
+    except (AttributeError, OSError):
         return False
-    # The first alone would do harm: a fixed threshold for trimming makes the other one fixed at 128 KB.
-    return any(library.mallopt(_MMAP, size) for size in LARGEST) and bool(library.mallopt(_TRIM, KEPT))

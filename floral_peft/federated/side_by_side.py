@@ -42,6 +42,10 @@ CHUNK_BYTES = 2**30
 RESIDENT_BYTES = 2**30
 
 
+#: A client that trains in a chunk, and its private tensors.
+Entered = tuple[Lane, PrivateState]
+
+
 class SideBySide:
     """Trains the clients of a chunk as one batched computation, through torch.func over stacked parameters.
 
@@ -108,7 +112,7 @@ class SideBySide:
 
     def _train_chunk(self, client_ids: Sequence[ClientId], load: Load, state: ServerState) -> dict[int, Outcome]:
         """What the clients of a chunk made, by position; those are missing that must be trained alone."""
-        entered: list[tuple[Lane, PrivateState]] = []
+        entered: list[Entered] = []
         held = tensors_of(self._model)
         for position, client_id in enumerate(client_ids):
             try:
@@ -123,19 +127,34 @@ class SideBySide:
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         found: dict[int, Outcome] = {}
         for group, used in self._by_use(entered, trainable):
-            lanes, privates = [lane for lane, _ in group], [private for _, private in group]
-            for row, lane in enumerate(lanes):
-                lane.row = row
-            stacked = self._stack(privates, held, used)
-            self._model.train()
-            for norm in self._resting:
-                norm.eval()
-            packed = pack(lanes, self._accelerator.device)
-            for phase in training_phases(trainable, self._groups, self._place.args.alternating):
-                losses = self._run_phase(phase, lanes, packed, stacked, state)
-            ids = [client_ids[lane.position] for lane in lanes]
-            found |= self._results(ids, lanes, privates, used, stacked, losses, state)
+            try:
+                found |= self._train_group(group, used, client_ids, trainable, held, state)
+            except Exception as error:  # what the other groups made stands
+                self._note(error, len(group))
         return found
+
+    def _train_group(
+        self,
+        group: Sequence[Entered],
+        used: UsedSlices | None,
+        client_ids: Sequence[ClientId],
+        trainable: Sequence[str],
+        held: Mapping[str, Tensor],
+        state: ServerState,
+    ) -> dict[int, Outcome]:
+        """The same of clients that use as many adaptors."""
+        lanes, privates = [lane for lane, _ in group], [private for _, private in group]
+        for row, lane in enumerate(lanes):
+            lane.row = row
+        stacked = self._stack(privates, held, used)
+        self._model.train()
+        for norm in self._resting:
+            norm.eval()
+        packed = pack(lanes, self._accelerator.device)
+        for phase in training_phases(trainable, self._groups, self._place.args.alternating):
+            losses = self._run_phase(phase, lanes, packed, stacked, state)
+        ids = [client_ids[lane.position] for lane in lanes]
+        return self._results(ids, lanes, privates, used, stacked, losses, state)
 
     def _enter(
         self, position: int, client_id: ClientId, load: Load, held: Mapping[str, Tensor], round: int
@@ -153,9 +172,12 @@ class SideBySide:
         return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
 
     def _by_use(
-        self, entered: Sequence[tuple[Lane, PrivateState]], trainable: Sequence[str]
-    ) -> Iterator[tuple[Sequence[tuple[Lane, PrivateState]], UsedSlices | None]]:
-        """Groups of clients, and what each of them uses of the adaptors; None where that is the whole of them."""
+        self, entered: Sequence[Entered], trainable: Sequence[str]
+    ) -> Iterator[tuple[Sequence[Entered], UsedSlices | None]]:
+        """Groups of clients, and what each of them uses of the adaptors; None where that is the whole of them.
+
+        On a GPU, where the number of operations counts, they are one group.
+        """
         axes = self._axes.among(trainable)
         if not axes:
             yield entered, None
@@ -163,7 +185,8 @@ class SideBySide:
         private = [private for _, private in entered]
         routers = {name: torch.stack([own[name] for own in private]) for name in axes if name in private[0]}
         mixtures = StackedModel(self._model, self._forward, self._accelerator, routers).mixtures()
-        for rows in grouped_by_use(mixtures):
+        on_cpu = self._accelerator.device.type == "cpu"
+        for rows in grouped_by_use(mixtures) if on_cpu else [list(range(len(entered)))]:
             yield [entered[row] for row in rows], UsedSlices.of(axes, mixtures[rows])
 
     def _stack(

@@ -67,7 +67,9 @@ class StackedModel:
         if isinstance(chosen, Tensor):
             for name in others:
                 self.tensors[name][chosen] = others[name]
-        return gradients, losses.detach()
+        # Of a term that adds up a weight, all entries may be one number in memory: they are to be changed in place.
+        owned = {name: value.contiguous() if 0 in value.stride() else value for name, value in gradients.items()}
+        return owned, losses.detach()
 
     @torch.no_grad()
     def mixtures(self) -> Tensor:

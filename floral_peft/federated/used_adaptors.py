@@ -17,7 +17,7 @@ from floral_peft.tuner import buffer_roles, parameter_roles, private_buffers
 
 #: torch's optimisers that move each number by its own gradients: what else is in its tensor does not count.
 ELEMENTWISE = frozenset("sgd adam adamw adagrad adadelta adamax nadam radam rmsprop rprop".split())
-#: What a step of one more group of clients costs, in adaptors of clients.
+#: What a step of one more group of clients costs on a CPU, in adaptors of clients.
 GROUP_COST = 32
 
 
@@ -105,9 +105,9 @@ def grouped_by_use(mixtures: Tensor) -> list[list[int]]:
     end = len(widths)
     while end:
         start = cheapest[end][1]
-        groups.insert(0, [k for k, count in enumerate(counts) if widths[start] <= count <= widths[end - 1]])
+        groups.append([k for k, count in enumerate(counts) if widths[start] <= count <= widths[end - 1]])
         end = start
-    return groups
+    return groups[::-1]
 
 
 @dataclass(frozen=True)

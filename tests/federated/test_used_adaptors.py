@@ -149,6 +149,59 @@ def test_the_model_has_all_of_them_afterwards_whatever_happens(tmp_path: Path, v
     assert all(torch.equal(value, before[name]) for name, value in shared.items())
 
 
+def test_a_group_that_fails_costs_the_others_nothing(
+    tmp_path: Path, visits: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(used_module, "GROUP_COST", 0)
+    expected = Round(tmp_path / "whole", visits, model_of())(SideBySide)
+    part = Round(tmp_path / "part", visits, model_of())
+    alone: list[str] = []
+    train, stack = LocalTraining.__call__, SideBySide._stack
+
+    def noted(self: Any, client_id: Any, *args: Any) -> Any:
+        alone.append(client_id)
+        return train(self, client_id, *args)
+
+    def fails(self: Any, privates: Any, held: Any, used: Any) -> Any:
+        if len(privates) == 1:  # the one that uses two
+            raise torch.OutOfMemoryError("no memory for two adaptors")
+        return stack(self, privates, held, used)
+
+    monkeypatch.setattr(LocalTraining, "__call__", noted)
+    monkeypatch.setattr(SideBySide, "_stack", fails)
+    found = part(SideBySide)
+    assert alone == ["client 2"] and found.keys() == expected.keys()
+    for client_id, (update, _) in found.items():
+        for name, delta in update.deltas.items():
+            torch.testing.assert_close(delta, expected[client_id][0].deltas[name], rtol=1e-4, atol=1e-5)
+
+
+class Shifted(nn.Module):
+    """Its gradient for the shift is one number for all entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.shift = nn.Parameter(torch.zeros(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(x)
+        return outputs * (1 + self.shift.sum())
+
+
+def test_gradients_that_are_one_number_are_clipped_side_by_side(
+    tmp_path: Path, visits: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = floral_net(Shifted(), target_modules=["layer"], num_adaptors=ADAPTORS, init_std=0.5)
+    monkeypatch.setattr(LocalTraining, "__call__", lambda *args: pytest.fail("a client is trained alone"))
+    whole = Round(tmp_path, visits, model, max_step_norm=100.0, max_grad_norm=0.5)
+    outcomes = whole(SideBySide)
+    assert all(
+        any("shift" in name and delta.any() for name, delta in update.deltas.items())
+        for update, _ in outcomes.values()
+    )
+
+
 class Penalised(Forward):
     """A loss that looks at the adaptors themselves."""
 
