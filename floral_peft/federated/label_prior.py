@@ -24,7 +24,8 @@ def label_log_prior(labels: np.ndarray, classes: int) -> Tensor:
         labels: A client's labels, integers, any shape.
         classes: How many labels there are.
     """
-    counts = np.bincount(labels[labels >= 0].ravel(), minlength=classes).astype(np.float32) + PSEUDO_COUNT
+    counted = labels[labels >= 0].ravel().astype(np.int64)
+    counts = np.bincount(counted, minlength=classes).astype(np.float32) + PSEUDO_COUNT
     return torch.from_numpy(np.log(counts / counts.sum()))
 
 

@@ -429,6 +429,7 @@ def test_mirror_descent_trains_routers_in_local_steps(tmp_path: Path, cohort: st
 def test_the_label_prior_is_the_smoothed_histogram() -> None:
     prior = label_log_prior(np.array([0, 0, 2, -100]), 3)
     assert torch.allclose(prior.exp(), torch.tensor([2.3, 0.3, 1.3]) / 3.9)
+    assert torch.equal(label_log_prior(np.array([0, 0, 2], np.uint64), 3), prior)
 
 
 def test_clients_train_on_discounted_labels_and_are_evaluated_on_plain_logits(tmp_path: Path) -> None:
