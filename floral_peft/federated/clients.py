@@ -19,6 +19,7 @@ from floral_peft.federated.batches import RESIDENT_BYTES, Examples
 from floral_peft.federated.cohort import CohortTraining
 from floral_peft.federated.cohort_choice import build_training, choose_kind
 from floral_peft.federated.dataset import FederatedDataset
+from floral_peft.federated.memory import keep_freed_memory
 from floral_peft.federated.processes import Message, Processes, pack_states, unpack_states
 from floral_peft.federated.rounds import Outcome
 from floral_peft.federated.routers import Routers
@@ -115,6 +116,8 @@ class Clients:
         def choose() -> Message:
             return choose_kind(self.place, self.cohort(server.round + 1), load, server, path), {}
 
+        if self.place.accelerator.device.type == "cpu":
+            keep_freed_memory()
         return build_training(self._processes.on_main(choose)[0], self.place)
 
     def train(

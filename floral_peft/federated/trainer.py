@@ -31,7 +31,6 @@ from floral_peft.federated.forward import LossFunction
 from floral_peft.federated.groups import ParameterGroups, tensors_of
 from floral_peft.federated.identity import Identity, differing, identity
 from floral_peft.federated.lock import locked
-from floral_peft.federated.memory import keep_freed_memory
 from floral_peft.federated.method import Method, get_method
 from floral_peft.federated.personal import Personalizing
 from floral_peft.federated.precision import TrainerAccelerator, checkpoint_gradients
@@ -231,8 +230,6 @@ class FederatedTrainer(Publishing, Personalizing):
             return self._train(wanted)
 
     def _train(self, wanted: str | Path | bool | None) -> TrainOutput:
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
         server = self._first_state(wanted)
         if self.args.eval_steps is not None and not any(self.dataset.num_examples(k, "test") for k in self.dataset):
             raise ValueError(f"eval_steps={self.args.eval_steps}: {_NO_TEST}")

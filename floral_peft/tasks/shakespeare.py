@@ -132,7 +132,7 @@ SETTINGS: dict[str, Any] = {
     "rounds": 1000,
     "clients_per_round": 0.02,
     "per_device_train_batch_size": 8,  # most roles have but a few windows
-    "learning_rate": 4.0,  # at 1, FedAvg foretells nothing but spaces for 100 rounds
+    "learning_rate": 4.0,  # at 1, and batches of 32, FedAvg foretold nothing but spaces for 100 rounds
     "router_learning_rate": 0.1,
     "max_grad_norm": 5.0,
     "eval_steps": 100,

@@ -7,11 +7,15 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from floral_peft.federated import clients as clients_module
 from floral_peft.federated import memory
 from floral_peft.federated.memory import keep_freed_memory
+
+from .clients import trainer
 
 
 #: In a process without anything else, whose heap holds nothing above these blocks.
@@ -66,6 +70,15 @@ def test_steps_take_what_the_last_one_freed() -> None:
     tuned, more = faults(MALLOC_PERTURB_="0")  # somebody else sees to it
     assert not tuned
     assert count < more / 10, (count, more)
+
+
+def test_training_on_a_cpu_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(clients_module, "keep_freed_memory", lambda: asked.append(True))
+    run = trainer(tmp_path, rounds=1)
+    assert not asked
+    run.train()
+    assert asked
 
 
 @pytest.mark.parametrize(

@@ -319,16 +319,22 @@ def test_clients_that_use_as_many_train_side_by_side(counts: list[int], groups: 
     assert found == groups
 
 
-def test_groups_are_the_cheapest() -> None:
+@pytest.mark.parametrize("group_cost", [1, 3, 6])
+def test_groups_are_the_cheapest(monkeypatch: pytest.MonkeyPatch, group_cost: int) -> None:
+    monkeypatch.setattr(used_module, "GROUP_COST", group_cost)
+    sizes = set()
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         counts = torch.randint(1, 5, (9,), generator=generator).tolist()
         used = torch.arange(4) < torch.tensor(counts).unsqueeze(1)
-        cost = sum(len(group) * max(counts[k] for k in group) + GROUP_COST for group in grouped_by_use(used.float()))
+        groups = grouped_by_use(used.float())
+        sizes.add(len(groups))
+        cost = sum(len(group) * max(counts[k] for k in group) + group_cost for group in groups)
         for cuts in product((False, True), repeat=3):  # after one, two, three adaptors
             number = [sum(cuts[: count - 1]) for count in counts]
             widest = {group: max(c for c, n in zip(counts, number, strict=True) if n == group) for group in number}
-            assert cost <= sum(widest[group] for group in number) + GROUP_COST * len(widest)
+            assert cost <= sum(widest[group] for group in number) + group_cost * len(widest)
+    assert len(sizes) > 1
 
 
 def test_a_mixture_without_its_traces(tmp_path: Path) -> None:
