@@ -56,7 +56,8 @@ class FederatedArguments:
         default=None,
         metadata={
             "help": 'Learning rate of the adaptors. By default learning_rate; with router_update="posterior" and SGD '
-            "6 times as much while clients look for theirs, and then falling to learning_rate until the run ends."
+            "6 times as much while clients look for theirs (2.5 at most, unless learning_rate itself is more), and "
+            "then falling to learning_rate until the run ends."
         },
     )
     router_learning_rate: float | None = field(
@@ -72,16 +73,16 @@ class FederatedArguments:
         default=None,
         metadata={
             "help": "Clip the gradient of each base weight, and of each adaptor as the matrix that it adds, to this "
-            'norm; 0: no clipping. By default none; with router_update="posterior" and SGD at most 1 while clients '
-            "look for their adaptors."
+            'norm; 0: no clipping. By default none; with router_update="posterior" and SGD 1 while clients look for '
+            "their adaptors, less where adaptors would make longer steps than 1; then 3 to 36 times as much."
         },
     )
     max_adaptor_step_norm: float | None = field(
         default=None,
         metadata={
             "help": "The same for adaptors alone; they have max_step_norm otherwise. Where neither is set, with "
-            'router_update="posterior" and SGD, twice as much once clients have found theirs, and more as their rate '
-            "falls."
+            'router_update="posterior" and SGD, up to twice as much once clients have found theirs, but no steps '
+            "longer than 1, and more as their rate falls."
         },
     )
     max_grad_norm: float | None = field(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from floral_peft.cli.one_run import new_trainer
+from floral_peft.cli.settings import read_settings
 from floral_peft.federated import FederatedArguments
 from floral_peft.federated.batches import Batch
 from floral_peft.federated.forward import LABEL_PRIOR, Forward, Prediction
 from floral_peft.federated.routing import get_router_update, schedule
+from floral_peft.tasks.changes import rotate
+from floral_peft.tasks.digits import digits_clients
 
 from .clients import StopAfter, floral_net, tensors, trainer
 
@@ -69,10 +74,34 @@ def test_few_clients_search_among_few_adaptors(
     assert update.search_adaptors(num_adaptors, clients) == searching
 
 
-@pytest.mark.parametrize(("rate", "longest"), [(0.01, 1.0), (0.1, 1.0), (1.0, 1 / 6)])
-def test_no_step_of_an_adaptor_is_long_at_a_high_rate(tmp_path: Path, rate: float, longest: float) -> None:
+@pytest.mark.parametrize(
+    ("rate", "fast", "longest"),
+    [(0.01, 0.06, 1.0), (0.1, 0.6, 1.0), (0.4, 2.4, 1 / 2.4), (1.0, 2.5, 0.4), (4.0, 4.0, 1 / 16), (0.0, 0.0, 1.0)],
+)
+def test_no_step_of_an_adaptor_is_long_at_a_high_rate(
+    tmp_path: Path, rate: float, fast: float, longest: float
+) -> None:
     args = FederatedArguments(output_dir=str(tmp_path), learning_rate=rate)
-    assert get_router_update(args).settle(args, {}, 0).max_step_norm == pytest.approx(longest)
+    settled = get_router_update(args).settle(args, {}, 0)
+    assert settled.adaptor_learning_rate == pytest.approx(fast)
+    assert settled.step_norms == pytest.approx((longest * max(1, rate), longest))
+
+
+@pytest.mark.parametrize(("rate", "scale"), [("1.2", 1.0), ("0.4", 4.0)])
+def test_a_rate_that_fedavg_bears_well_is_none_at_which_floral_diverges(
+    tmp_path: Path, rate: str, scale: float
+) -> None:
+    def change(images: torch.Tensor, labels: torch.Tensor, cluster: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return scale * rotate(images, labels, cluster)[0], labels
+
+    settings = read_settings(["--task", "digits", "--learning_rate", rate, "--rounds", "30", "--eval_steps", "30"])
+    accuracy = {}
+    for method in ("fedavg", "floral"):
+        args = replace(settings.federated, output_dir=str(tmp_path / method))
+        made = new_trainer(settings, method, digits_clients(42, change), args, lenient=False)
+        made.train()
+        accuracy[method] = made.evaluate()["eval_accuracy"]
+    assert accuracy["floral"] > accuracy["fedavg"] > 0.8  # with longer steps after the search .13
 
 
 @pytest.mark.parametrize(
@@ -99,8 +128,10 @@ def test_after_the_search_the_loss_is_plain_and_adaptors_slow_down_to_the_bases_
     settled = [update.settle(args, memory, round) for round in (40, 70, 99)]
     rates = [each.adaptor_learning_rate or 0.0 for each in settled]
     assert rates == pytest.approx([0.6, 0.1 * 6**0.5, 0.1 * 6 ** (1 / 60)])
-    assert [each.step_norms[1] for each in settled] == pytest.approx([schedule.FOUND_STEP * 0.6 / r for r in rates])
-    assert not any(each.label_prior or each.step_norms[0] for each in settled)
+    # No longer than 1, times the rate; and longer gradients as the rate falls.
+    assert [each.step_norms[1] for each in settled] == pytest.approx([1 / r for r in rates])
+    assert [each.step_norms[0] for each in settled] == pytest.approx([3 / r for r in rates])
+    assert not any(each.label_prior for each in settled)
 
 
 @pytest.mark.parametrize("cohort", ["loop", "vectorized"])

@@ -66,8 +66,8 @@ class Posterior(RouterUpdate):
 
         That is what tells clusters apart. But the discounted loss is not the one that is asked for, and with clipped
         gradients and fast adaptors the model ends where it does worse on new examples. So once the search has ended
-        the loss is the plain one, nothing but the length of an adaptor's step is bounded, and over what is left of the
-        run the adaptors' rate falls to the base's.
+        the loss is the plain one, and over what is left of the run the adaptors' rate falls to the base's. Gradients
+        may be longer, and ever longer; were they free at once, runs at rates that FedAvg bears well would diverge.
 
         Bounded steps may be damped as little as in the paper: factors that start at zero leave it in few steps, and
         so adaptors come to differ before they are looked at for the first time. In mixed precision the damping stays
@@ -79,20 +79,19 @@ class Posterior(RouterUpdate):
         if args.optimizer.lower() != "sgd":  # others choose the length of their steps themselves
             return found
         given = args.adaptor_learning_rate
-        fast = rate = schedule.ADAPTOR_RATE * args.learning_rate if given is None else given
-        if given is None and not searching:
-            left = (args.rounds - round) / max(1, args.rounds - int(memory[_SEARCHED]))
-            rate = schedule.ADAPTOR_RATE**left * args.learning_rate
+        fast = rate = schedule.adaptor_rate(args.learning_rate) if given is None else given
+        left = 1.0 if searching else (args.rounds - round) / max(1, args.rounds - int(memory[_SEARCHED]))
+        if given is None and fast:
+            rate = args.learning_rate * (fast / args.learning_rate) ** left
         found = replace(found, adaptor_learning_rate=rate)
         if args.precondition_epsilon is None and args.mixed_precision == "no":
             found = replace(found, precondition_epsilon=schedule.DAMPING)
         if args.max_step_norm is None and args.max_adaptor_step_norm is None:
-            longest = min(schedule.STEP_NORM, schedule.STEP_LENGTH / fast) if fast else schedule.STEP_NORM
-            if searching:
-                found = replace(found, max_step_norm=longest)
-            else:
-                slower = fast / rate if rate else 1.0
-                found = replace(found, max_adaptor_step_norm=schedule.FOUND_STEP * longest * slower)
+            longest = schedule.STEP_NORM if searching else schedule.FOUND_STEP_NORM
+            longest = min(longest, schedule.STEP_LENGTH / fast) if fast else longest
+            bases = longest if searching else schedule.FOUND_BASE * longest * schedule.ADAPTOR_RATE ** (1 - left)
+            adaptors = longest / max(1.0, args.learning_rate) * (fast / rate if rate else 1.0)
+            found = replace(found, max_step_norm=bases, max_adaptor_step_norm=adaptors)
         return found
 
     def settings(self, settings: RouterSettings) -> RouterSettings:

@@ -33,13 +33,17 @@ POOLED_CAUTION = 2.0
 UNSETTLED = 0.1
 #: In deciding which of them can go, differences between adaptors are taken to be larger by so many standard errors.
 CAUTION = 1.0
-#: The adaptors' learning rate in units of the base's; the longest gradient of any weight or adaptor, as matrices; and
-#: the longest step of an adaptor, where a high rate would make a longer one of that.
+#: The adaptors' learning rate in units of the base's, unless that is more than the next one: who gives a high rate has
+#: chosen it as high as the base bears.
 ADAPTOR_RATE = 6.0
+FASTEST = 2.5
+#: The longest gradient of any weight or adaptor, as matrices, in the search and after it; and the longest step of an
+#: adaptor, where a high rate would make a longer one of that; it is shorter where the base's rate is above 1. After the
+#: search the base's gradient may be so many times as long.
 STEP_NORM = 1.0
+FOUND_STEP_NORM = 2.0
 STEP_LENGTH = 1.0
-#: Once the search has ended an adaptor's step may be so many times as long, and no shorter when its rate is lower.
-FOUND_STEP = 2.0
+FOUND_BASE = 3.0
 #: The damping of preconditioned steps, the paper's: they are bounded anyway.
 DAMPING = 1e-5
 #: By SGD a client trains no adaptor of which it would use less than this share of what it uses of its best one.
@@ -87,6 +91,15 @@ def pace(sampled: float, rounds: int) -> float:
         rounds: The rounds of the run.
     """
     return max(sampled, min(1.0, WHOLE / rounds))
+
+
+def adaptor_rate(base_rate: float) -> float:
+    """The adaptors' learning rate by SGD while clients search.
+
+    Args:
+        base_rate: The base's.
+    """
+    return max(base_rate, min(ADAPTOR_RATE * base_rate, FASTEST))
 
 
 def server_decay(pace: float) -> float:
