@@ -11,6 +11,10 @@ Everything is at the defaults of the task and the package but for what stands be
     alike     25 clients of digits that do not differ
     moving    half-way a quarter of the clients change places with a client of the next cluster
     norm      the net of digits with a batch norm
+    inverted, swapped, shuffled, darker, leaning
+              digits whose clusters differ in something else than the tasks': every other sees black as white, or calls
+              threes eights; each sees a quarter of the pixels in other places, is as bright as another part of the
+              others, or leans by another multiple of 20 degrees
 
 Prints a line per run and appends it to --json, which then holds a list: the accuracy (regression: the squared error)
 over all and by cluster, the adjusted Rand index, how many adaptors are left; and of clients that moved the accuracy
@@ -34,7 +38,7 @@ from typing import Any
 import torch
 from datasets import DatasetDict
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from floral_peft import FederatedDataset, FederatedTrainer
@@ -42,7 +46,8 @@ from floral_peft.cli.one_run import new_trainer
 from floral_peft.cli.settings import Settings, read_settings
 from floral_peft.cli.variants import read_variants
 from floral_peft.reports import clusters_found, has_router
-from floral_peft.tasks.changes import Change
+from floral_peft.tasks.changes import Change, turned
+from floral_peft.tasks.digits import digits_clients
 from floral_peft.tasks.images import ImageClients
 from floral_peft.tasks.tables import as_dataset
 
@@ -50,6 +55,46 @@ from floral_peft.tasks.tables import as_dataset
 #: Which cluster each twentieth of the clients is of.
 UNEQUAL = [0] * 12 + [1] * 5 + [2] * 2 + [3]
 ALIKE = 25
+
+
+def inverted(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
+    """Every other cluster sees black as white."""
+    return (1 - images if cluster % 2 else images), labels
+
+
+def swapped(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
+    """Every other cluster calls threes eights, and eights threes."""
+    names = torch.arange(10)
+    names[[3, 8]] = torch.tensor([8, 3] if cluster % 2 else [3, 8])
+    return images, names[labels]
+
+
+def shuffled(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
+    """Each cluster sees a quarter of the pixels, others each, in other places."""
+    places, drawn = torch.arange(64), torch.Generator().manual_seed(100 + cluster)
+    if cluster:
+        some = torch.randperm(64, generator=drawn)[:16]
+        places[some] = some[torch.randperm(16, generator=drawn)]
+    return images.flatten(1)[:, places].view_as(images), labels
+
+
+def darker(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
+    """Each cluster sees images of another brightness."""
+    return images * (0.25 + 0.25 * cluster), labels
+
+
+def leaning(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
+    """Each cluster sees images turned by another 20 degrees."""
+    return turned(images, 20.0 * cluster), labels
+
+
+CHANGES: dict[str, Change] = {
+    "inverted": inverted,
+    "swapped": swapped,
+    "shuffled": shuffled,
+    "darker": darker,
+    "leaning": leaning,
+}
 
 
 class StopAfter(TrainerCallback):
@@ -84,6 +129,19 @@ def alike(seed: int) -> FederatedDataset:
         tests = round(0.3 * len(rows))
         clients[client] = DatasetDict(train=held.select(range(tests, len(rows))), test=held.select(range(tests)))
     return FederatedDataset(clients, clusters=dict.fromkeys(clients, 0))
+
+
+def clients_of(settings: Settings, case: str, seed: int) -> FederatedDataset:
+    """The clients of a case; those of the task, if it is about something else."""
+    if case == "unequal":
+        return unequal(settings, seed)
+    if case == "alike":
+        return alike(seed)
+    if case in CHANGES:
+        clients = digits_clients(seed, CHANGES[case])
+        kinds = 2 if case in ("inverted", "swapped") else 4
+        return FederatedDataset({k: clients[k] for k in clients}, clusters={k: k % kinds for k in clients})
+    return settings.task.clients(seed)
 
 
 def normed_model() -> nn.Module:
@@ -172,7 +230,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="digits")
     parser.add_argument("--methods", default="floral,floral+optimal_routing")
     parser.add_argument("--seeds", default="42")
-    parser.add_argument("--case", default="plain", choices=("plain", "unequal", "alike", "moving", "norm"))
+    parser.add_argument("--case", default="plain", choices=("plain", "unequal", "alike", "moving", "norm", *CHANGES))
     parser.add_argument("--data", help="folder of the tasks' datasets")
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*")
@@ -184,8 +242,7 @@ def main() -> None:
             for variant in read_variants(given.methods.split(",")):
                 words = ["--task", task, "--seed", seed, *(["--data", given.data] if given.data else [])]
                 settings = read_settings([*words, *variant.words(), *given.settings], many_tasks=True)
-                made = {"unequal": lambda: unequal(settings, int(seed)), "alike": lambda: alike(int(seed))}  # noqa: B023
-                clients = made.get(given.case, lambda: settings.task.clients(int(seed)))()  # noqa: B023
+                clients = clients_of(settings, given.case, int(seed))
                 began = time.process_time()
                 with trained(settings, variant.method, clients, given.case) as row:
                     seconds = round(time.process_time() - began)

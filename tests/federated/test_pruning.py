@@ -15,6 +15,7 @@ from torch import Tensor
 
 from floral_peft.federated.routing import Drop, Posterior, prune, register_router_update, regrets, schedule
 from floral_peft.federated.routing.numbering import numbered, renumbered
+from floral_peft.federated.routing.prune import cut
 
 from .clients import StopAfter, floral_net, tensors, trainer
 
@@ -85,6 +86,21 @@ def test_one_stays_whatever_happens_and_at_most_a_quarter_goes_as_dispensable() 
     alone = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
     assert [drop.adaptor for drop in prune(alone, torch.ones(4, 4, dtype=torch.float64))] == [1, 2, 3]
     assert prune(torch.zeros(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)) == []
+
+
+def test_at_the_end_those_stay_with_which_the_users_of_all_lose_least() -> None:
+    # 0 and 1 are of one cluster, 2 of another; 3 is half good for both. Whose own users lose least is 2, with 3, and
+    # then 3 itself, with 0: so the second cluster would be left with nothing.
+    usage = torch.tensor([3.0, 2.0, 4.0, 1.0], dtype=torch.float64)
+    gaps = [[0, 0.16, 0.9, 0.5], [0.17, 0, 0.9, 0.5], [0.8, 0.8, 0, 0.12], [0.15, 0.2, 0.3, 0]]
+    losses = (1 + torch.tensor(gaps, dtype=torch.float64)) * usage[:, None]
+    drops = cut(usage, losses, 2)
+    assert [(drop.adaptor, drop.why, drop.instead) for drop in drops] == [(3, "bound", 0), (1, "bound", 0)]
+    assert [drop.share for drop in drops] == pytest.approx([0.1, 0.2])
+    assert all(drop.regret == pytest.approx(float(regrets(usage, losses)[drop.adaptor, 0])) for drop in drops)
+    assert [drop.adaptor for drop in cut(usage, losses, 1)] == [3, 1, 2]
+    assert cut(usage, losses, 4) == []
+    assert len(cut(torch.zeros(4), torch.zeros(4, 4), 2)) == 2  # nobody has come yet
 
 
 @pytest.mark.parametrize(("pace", "first", "second"), [(0.1, 150, 162), (1.0, 15, 17)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,17 +112,28 @@ def dead(usage: Tensor) -> list[Drop]:
 
 
 def cut(usage: Tensor, losses: Tensor, most: int) -> list[Drop]:
-    """The adaptors that go so that no more than so many are left, in the order in which they do: the least regretted.
+    """The adaptors that go so that no more than so many are left, in the order in which they do.
+
+    One after the other, that one without which the users of all, also of those that have gone, lose least if each
+    takes the best of what is left. (By what its own users lose alone, one that nobody needs but that is nobody's worst
+    inherits the users of one cluster after the other, and then goes with all of them.)
 
     Args:
         usage: U, (C,).
         losses: N, (C, C).
         most: How many may stay, 1 or more.
     """
-    alive, drops = list(range(len(usage))), []
-    while len(alive) > most and (found := _least_regretted(usage, losses, alive)) is not None:
-        drops.append(replace(found, why="bound"))
-        alive.remove(found.adaptor)
+    found = regrets(usage, losses)
+    shares = usage / usage.sum().clamp(min=torch.finfo(usage.dtype).tiny)
+    alive: list[int] = list(range(len(usage)))
+    drops: list[Drop] = []
+    while len(alive) > max(most, FEWEST):
+        others = {adaptor: [other for other in alive if other != adaptor] for adaptor in alive}
+        lost = {adaptor: float(shares @ found[:, left].amin(dim=1)) for adaptor, left in others.items()}
+        adaptor = min(alive, key=lost.__getitem__)
+        alive = others[adaptor]
+        instead = alive[int(found[adaptor, alive].argmin())]
+        drops.append(Drop(adaptor, "bound", float(shares[adaptor]), instead, float(found[adaptor, instead])))
     return drops
 
 

@@ -38,7 +38,7 @@ CAUTION = 1.0
 ADAPTOR_RATE = 6.0
 FASTEST = 2.5
 #: The longest gradient of any weight or adaptor, as matrices, in the search and after it; and the longest step of an
-#: adaptor, where a high rate would make a longer one of that; it is shorter where the base's rate is above 1. After the
+#: adaptor, where a high rate would make a longer one of that; shorter ones where the base's rate is above 1. After the
 #: search the base's gradient may be so many times as long.
 STEP_NORM = 1.0
 FOUND_STEP_NORM = 2.0
