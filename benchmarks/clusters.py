@@ -13,8 +13,8 @@ Everything is at the defaults of the task and the package but for what stands be
     norm      the net of digits with a batch norm
     inverted, swapped, shuffled, darker, leaning
               digits whose clusters differ in something else than the tasks': every other sees black as white, or calls
-              threes eights; each sees a quarter of the pixels in other places, is as bright as another part of the
-              others, or leans by another multiple of 20 degrees
+              threes eights; each but one sees about a quarter of the pixels in other places; each has another
+              brightness, or leans by another multiple of 20 degrees
 
 Prints a line per run and appends it to --json, which then holds a list: the accuracy (regression: the squared error)
 over all and by cluster, the adjusted Rand index, how many adaptors are left; and of clients that moved the accuracy
@@ -70,7 +70,7 @@ def swapped(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tenso
 
 
 def shuffled(images: Tensor, labels: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
-    """Each cluster sees a quarter of the pixels, others each, in other places."""
+    """Each cluster but the first sees about a quarter of the pixels, others each, in other places."""
     places, drawn = torch.arange(64), torch.Generator().manual_seed(100 + cluster)
     if cluster:
         some = torch.randperm(64, generator=drawn)[:16]
@@ -135,6 +135,8 @@ def clients_of(settings: Settings, case: str, seed: int) -> FederatedDataset:
     """The clients of a case; those of the task, if it is about something else."""
     if case == "unequal":
         return unequal(settings, seed)
+    if (case == "alike" or case in CHANGES) and not settings.task.name.startswith("digits"):
+        raise SystemExit(f"--case {case} is of digits: --tasks digits.")
     if case == "alike":
         return alike(seed)
     if case in CHANGES:

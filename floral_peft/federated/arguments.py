@@ -73,16 +73,17 @@ class FederatedArguments:
         default=None,
         metadata={
             "help": "Clip the gradient of each base weight, and of each adaptor as the matrix that it adds, to this "
-            'norm; 0: no clipping. By default none; with router_update="posterior" and SGD 1 while clients look for '
-            "their adaptors, less where adaptors would make longer steps than 1; then 3 to 36 times as much."
+            "norm; 0: no clipping. By default none, unless max_adaptor_step_norm is not set either, with "
+            'router_update="posterior" and SGD: 1, or less where steps would be longer than 1 at the adaptors\' rate; '
+            "once clients have found their adaptors the base's is three to six times, in the end 18 to 36 times that."
         },
     )
     max_adaptor_step_norm: float | None = field(
         default=None,
         metadata={
             "help": "The same for adaptors alone; they have max_step_norm otherwise. Where neither is set, with "
-            'router_update="posterior" and SGD, up to twice as much once clients have found theirs, but no steps '
-            "longer than 1, and more as their rate falls."
+            'router_update="posterior" and SGD: 1, then 2, and more as their rate falls, but no steps longer than 1, '
+            "or than 1 / learning_rate, if that is less."
         },
     )
     max_grad_norm: float | None = field(

@@ -100,6 +100,10 @@ def test_at_the_end_those_stay_with_which_the_users_of_all_lose_least() -> None:
     assert all(drop.regret == pytest.approx(float(regrets(usage, losses)[drop.adaptor, 0])) for drop in drops)
     assert [drop.adaptor for drop in cut(usage, losses, 1)] == [3, 1, 2]
     assert cut(usage, losses, 4) == []
+    backwards = cut(usage.flip(0), losses.flip(0, 1), 2)
+    assert [(drop.adaptor, drop.instead) for drop in backwards] == [(0, 3), (2, 3)]
+    alike = torch.ones(3, 3, dtype=torch.float64)
+    assert [drop.adaptor for drop in cut(torch.tensor([2.0, 1.0, 3.0]), alike * usage[:3, None], 1)] == [1, 0]
     assert len(cut(torch.zeros(4), torch.zeros(4, 4), 2)) == 2  # nobody has come yet
 
 

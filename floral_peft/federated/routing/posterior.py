@@ -88,9 +88,11 @@ class Posterior(RouterUpdate):
             found = replace(found, precondition_epsilon=schedule.DAMPING)
         if args.max_step_norm is None and args.max_adaptor_step_norm is None:
             longest = schedule.STEP_NORM if searching else schedule.FOUND_STEP_NORM
-            longest = min(longest, schedule.STEP_LENGTH / fast) if fast else longest
-            bases = longest if searching else schedule.FOUND_BASE * longest * schedule.ADAPTOR_RATE ** (1 - left)
-            adaptors = longest / max(1.0, args.learning_rate) * (fast / rate if rate else 1.0)
+            step = schedule.STEP_LENGTH / fast if fast else longest
+            bases = min(longest, step)
+            if not searching:
+                bases *= schedule.FOUND_BASE * schedule.ADAPTOR_RATE ** (1 - left)
+            adaptors = min(longest, step / max(1.0, args.learning_rate)) * (fast / rate if rate else 1.0)
             found = replace(found, max_step_norm=bases, max_adaptor_step_norm=adaptors)
         return found
 
@@ -169,7 +171,7 @@ class Posterior(RouterUpdate):
         return round >= half or (round >= least and _settled(memory) and few)
 
     def cut(self, memory: Mapping[str, Tensor], most: int) -> list[Drop]:
-        """The least regretted."""
+        """Those without which the users of all lose least."""
         return cut(memory["usage"], memory["losses"], most)
 
     def settled(self, memory: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:

@@ -128,10 +128,10 @@ def cut(usage: Tensor, losses: Tensor, most: int) -> list[Drop]:
     alive: list[int] = list(range(len(usage)))
     drops: list[Drop] = []
     while len(alive) > max(most, FEWEST):
-        others = {adaptor: [other for other in alive if other != adaptor] for adaptor in alive}
-        lost = {adaptor: float(shares @ found[:, left].amin(dim=1)) for adaptor, left in others.items()}
-        adaptor = min(alive, key=lost.__getitem__)
-        alive = others[adaptor]
+        least, places = found[:, alive].topk(2, dim=1, largest=False)  # users lose what their second best is worse
+        lost = found.new_zeros(len(alive)).index_add(0, places[:, 0], shares * (least[:, 1] - least[:, 0]))
+        adaptor = min(zip(lost.tolist(), shares[alive].tolist(), alive, strict=True))[-1]  # of two alike the less used
+        alive.remove(adaptor)
         instead = alive[int(found[adaptor, alive].argmin())]
         drops.append(Drop(adaptor, "bound", float(shares[adaptor]), instead, float(found[adaptor, instead])))
     return drops
