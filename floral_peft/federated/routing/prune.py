@@ -137,7 +137,7 @@ def cut(usage: Tensor, losses: Tensor, most: int) -> list[Drop]:
     return drops
 
 
-def _least_regretted(usage: Tensor, losses: Tensor, alive: list[int], errors: Tensor | None = None) -> Drop | None:
+def _least_regretted(usage: Tensor, losses: Tensor, alive: list[int], errors: Tensor | None) -> Drop | None:
     """Of several adaptors that one whose users lose least with another; None where there is but one.
 
     Of two that are dispensable for each other it is the less used.
