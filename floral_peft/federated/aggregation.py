@@ -1,4 +1,4 @@
-"""What a client sends, the checks on it, and the weighted means of METHOD: training, step 3."""
+"""What a client sends, the checks on it, and the weighted means of a round."""
 
 from __future__ import annotations
 
@@ -237,7 +237,8 @@ class WeightedMean:
             total = self._sums[name]
             cluster = self._groups.clustered.get(name)
             weight = update.num_examples if cluster is None else _along(update.usage, cluster, total)
-            total.add(delta, weight, update.peaks[name] * most, self._scratch[total.device])
+            part = None if cluster is None else _used_part(update.usage, cluster, total.device)
+            total.add(delta, weight, update.peaks[name] * most, self._scratch[total.device], part)
         self._examples += update.num_examples
         if update.usage is not None and self._usage is not None:
             self._usage.add(update.usage, 1, most)
@@ -296,6 +297,14 @@ def _along(weights: Tensor | None, cluster: Clustered, like: Tensor | ExactSum) 
     shape = [1] * len(like.shape)
     shape[cluster.axis] = -1
     return of_slot.view(shape)
+
+
+def _used_part(usage: Tensor | None, cluster: Clustered, device: torch.device) -> tuple[int, Tensor] | None:
+    """Where a client's clustered tensor counts: its axis of length C, the adaptors that it uses. None: everywhere."""
+    if usage is None or cluster.adaptor is not None:
+        return None
+    used = usage[cluster.slot].nonzero().squeeze(1)
+    return None if len(used) == usage.shape[-1] else (cluster.axis, used.to(device))
 
 
 def keep_unused(

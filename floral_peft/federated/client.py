@@ -28,7 +28,7 @@ _INITIAL_LOSS_SCALE = 2.0**10
 
 
 class LocalTraining:
-    """Trains clients on one model, one after the other (METHOD: training, steps 1 and 2).
+    """Trains clients on one model, one after the other: their part of a FLoRAL round (arXiv:2410.03497).
 
     Args:
         place: The model and what belongs to it.

@@ -34,14 +34,23 @@ class ExactSum:
         self._headroom = max(1, terms.bit_length())
         self._sums: dict[int, Tensor] = {}  # class → the sum of its terms, multiples of its grid
 
-    def add(self, value: Tensor, weight: Tensor | int, bound: float, scratch: Tensor | None = None) -> None:
+    def add(
+        self,
+        value: Tensor,
+        weight: Tensor | int,
+        bound: float,
+        scratch: Tensor | None = None,
+        part: tuple[int, Tensor] | None = None,
+    ) -> None:
         """Add weight · value.
 
         Args:
             value: The tensor; all finite.
-            weight: An int, or a float64 tensor that broadcasts against the value.
+            weight: An int, or a float64 tensor of as many dimensions that broadcasts against the value.
             bound: At least the largest magnitude in weight · value; it must follow from this term alone. Finite.
             scratch: Memory for the product: float64, 1-D, at least as many elements as the value.
+            part: An axis and the indices along it, int64, outside which weight · value is 0: only there it is added.
+                The bits are the same without.
         """
         if bound == 0.0:
             return
@@ -53,8 +62,16 @@ class ExactSum:
         grid = math.ldexp(1.0, _WIDTH * chosen + self._headroom - 52)
         # Adding 1.5·2^52 grids rounds to the grid, whatever the sum holds; taking them away is exact.
         rounder = 1.5 * 2.0**52 * grid
-        product = self._zeros() if scratch is None else scratch[: value.numel()].view(self.shape)
-        self._sums[chosen].add_(product.copy_(value).mul_(weight).add_(rounder).sub_(rounder))
+        if part is not None:
+            value = value.index_select(*part)
+            weight = weight.index_select(*part) if isinstance(weight, Tensor) else weight
+        total = self._sums[chosen]
+        product = total.new_empty(value.shape) if scratch is None else scratch[: value.numel()].view(value.shape)
+        product.copy_(value).mul_(weight).add_(rounder).sub_(rounder)
+        if part is None:
+            total.add_(product)
+        else:
+            total.index_add_(*part, product)
 
     def classes(self) -> list[int]:
         """The classes of magnitude that hold something here."""

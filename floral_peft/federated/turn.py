@@ -306,7 +306,7 @@ Arrival = Callable[[Turn], Arrived]
 
 
 def relearn(turn: Turn) -> Arrived:
-    """Find a router anew, for clients that keep nothing: π̂_c ∝ π_c exp(−η f_c) (METHOD: 3.4).
+    """Find a router anew, for clients that keep nothing: π̂_c ∝ π_c exp(−η f_c).
 
     This is one step of exponentiated gradient, where f_c is the loss of the pure model in which every layer uses
     adaptor c alone, π the mixture with which the client starts, and η the router's learning rate. Without examples

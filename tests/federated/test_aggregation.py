@@ -1,4 +1,4 @@
-"""The weighted means of METHOD: training, step 3, against numbers computed by hand."""
+"""The weighted means of a round's updates, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ def test_an_adaptor_without_users_has_no_update_and_no_nan() -> None:
     result = mean(update("a", 4, [1.0, 0.0], [1.0, 1.0], [[1.0, 5.0], [1.0, 5.0]]))
     assert result.deltas["a"].tolist() == [[1.0, 0.0], [1.0, 0.0]]
     assert result.used().tolist() == [[True, False]]
+
+
+def test_clients_of_different_adaptors_each_move_their_own() -> None:
+    first = update("a", 2, [1.0, 0.0], [1.0, 1.0], [[1.0, 0.0], [2.0, 0.0]])
+    second = update("b", 6, [0.0, 1.0], [1.0, 1.0], [[0.0, 3.0], [0.0, 4.0]])
+    assert mean(first, second).deltas["a"].tolist() == [[1.0, 3.0], [2.0, 4.0]]
 
 
 def test_a_next_to_unused_adaptor_is_unused() -> None:

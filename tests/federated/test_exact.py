@@ -120,3 +120,22 @@ def test_weights_may_differ_along_an_axis() -> None:
     found = ExactSum(value, 1)
     found.add(value, torch.tensor([0.5, 3.0], dtype=torch.float64), 12.0)
     assert found.result().tolist() == [[0.5, 6.0], [1.5, 12.0]]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("used", [[1], [0, 3], []])
+def test_a_term_that_is_zero_elsewhere_adds_the_same_bits_by_its_part(axis: int, used: list[int]) -> None:
+    generator = torch.Generator().manual_seed(axis)
+    shape, numbers = [3, 2, 5], torch.tensor(used, dtype=torch.int64)
+    shape[axis] = 4
+    weight = torch.zeros(4, dtype=torch.float64).index_fill(0, numbers, 1 / 3)
+    weight = weight.view([-1 if dim == axis else 1 for dim in range(3)])
+    whole, parts = ExactSum(torch.zeros(shape), 3), ExactSum(torch.zeros(shape), 3)
+    scratch = torch.full([60], torch.nan, dtype=torch.float64)
+    for _ in range(3):
+        value = torch.randn(shape, generator=generator)
+        bound = float(value.abs().max())
+        whole.add(value, weight, bound)
+        parts.add(value, weight, bound, scratch, (axis, numbers))
+    assert torch.equal(parts.result(), whole.result())
+    assert bool(whole.result().any()) == bool(used)

@@ -1,4 +1,4 @@
-"""An independent float64 computation of METHOD section 1, written with loops, to hold the layers against."""
+"""An independent float64 computation of the model, written with loops, to hold the layers against."""
 
 from __future__ import annotations
 

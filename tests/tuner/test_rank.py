@@ -1,4 +1,4 @@
-"""Budgets, kernel splits and starts, against METHOD's formulas and the paper's parameter counts."""
+"""Budgets, kernel splits and starts, against their formulas and the paper's parameter counts."""
 
 from __future__ import annotations
 
