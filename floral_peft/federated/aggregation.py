@@ -233,11 +233,12 @@ class WeightedMean:
     def add(self, update: ClientUpdate) -> None:
         """Add an update that `check_update` let pass."""
         most = max(update.num_examples, 0.0 if update.usage is None else float(update.usage.max()))
+        used = [] if update.usage is None else [row.nonzero().squeeze(1) for row in update.usage]  # by slot
         for name, delta in update.deltas.items():
             total = self._sums[name]
             cluster = self._groups.clustered.get(name)
             weight = update.num_examples if cluster is None else _along(update.usage, cluster, total)
-            part = None if cluster is None else _used_part(update.usage, cluster, total.device)
+            part = None if cluster is None else _part(used, cluster, total)
             total.add(delta, weight, update.peaks[name] * most, self._scratch[total.device], part)
         self._examples += update.num_examples
         if update.usage is not None and self._usage is not None:
@@ -299,12 +300,11 @@ def _along(weights: Tensor | None, cluster: Clustered, like: Tensor | ExactSum) 
     return of_slot.view(shape)
 
 
-def _used_part(usage: Tensor | None, cluster: Clustered, device: torch.device) -> tuple[int, Tensor] | None:
-    """Where a client's clustered tensor counts: its axis of length C, the adaptors that it uses. None: everywhere."""
-    if usage is None or cluster.adaptor is not None:
+def _part(used: Sequence[Tensor], cluster: Clustered, total: ExactSum) -> tuple[int, Tensor] | None:
+    """Where a clustered tensor counts: its axis of length C, and the adaptors in use. None: everywhere."""
+    if cluster.adaptor is not None or len(used[cluster.slot]) == total.shape[cluster.axis]:
         return None
-    used = usage[cluster.slot].nonzero().squeeze(1)
-    return None if len(used) == usage.shape[-1] else (cluster.axis, used.to(device))
+    return cluster.axis, used[cluster.slot].to(total.device)
 
 
 def keep_unused(
