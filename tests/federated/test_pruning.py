@@ -15,7 +15,7 @@ from torch import Tensor
 
 from floral_peft.federated.routing import Drop, Posterior, prune, register_router_update, regrets, schedule
 from floral_peft.federated.routing.numbering import numbered, renumbered
-from floral_peft.federated.routing.prune import cut
+from floral_peft.federated.routing.prune import cut, lost_with
 
 from .clients import StopAfter, floral_net, tensors, trainer
 
@@ -105,6 +105,16 @@ def test_at_the_end_those_stay_with_which_the_users_of_all_lose_least() -> None:
     alike = torch.ones(3, 3, dtype=torch.float64)
     assert [drop.adaptor for drop in cut(torch.tensor([2.0, 1.0, 3.0]), alike * usage[:3, None], 1)] == [1, 0]
     assert len(cut(torch.zeros(4), torch.zeros(4, 4), 2)) == 2  # nobody has come yet
+
+
+def test_what_is_lost_is_by_the_best_of_what_stays_and_by_how_many_use_what() -> None:
+    usage = torch.tensor([6.0, 3.0, 1.0], dtype=torch.float64)
+    gaps = torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.0, 1.0], [-0.5, 1.0, 0.0]], dtype=torch.float64)
+    losses = (4 + gaps) * usage[:, None]  # on average users would lose (6·2 + 3·1 + 1·1)/10 = 1.6 with their worst
+    assert lost_with(usage, losses, [0, 1, 2]) == pytest.approx((0 + 0 - 0.5) / 10 / 1.6)
+    assert lost_with(usage, losses, [1, 2]) == pytest.approx((6 * 1 + 0 + 0) / 10 / 1.6)
+    assert lost_with(usage, losses, [0]) == pytest.approx((0 + 3 * 0.5 - 0.5) / 10 / 1.6)
+    assert lost_with(torch.zeros(3), torch.zeros(3, 3), [1]) == 0.0
 
 
 @pytest.mark.parametrize(("pace", "first", "second"), [(0.1, 150, 162), (1.0, 15, 17)])

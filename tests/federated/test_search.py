@@ -133,9 +133,28 @@ def test_a_search_goes_on_while_clients_change_their_adaptors_or_have_more_than_
 ) -> None:
     args = FederatedArguments(output_dir=str(tmp_path), rounds=100, prune_adaptors=prunes)
     update = get_router_update(args)
-    memory = {"usage": torch.full((4,), 2.5), "switches": torch.tensor([switches])}  # of ten clients
+    means = torch.full((4, 4), 3.0).fill_diagonal_(0.0)
+    if switches > 1:  # another is better
+        means = means.fill_diagonal_(1.0) - 3 * torch.eye(4).roll(1, 1)
+    memory = {"usage": torch.full((4,), 2.5), "losses": 2.5 * means, "switches": torch.tensor([switches])}
     assert [round for round in range(1, 101) if update.searched(memory, round, most)] == list(range(ends, 101))
     assert not update.searched(update.settled(memory, ends), 100, most)  # it ends once
+
+
+@pytest.mark.parametrize(
+    ("half_good", "own", "ends"),
+    [(0.02, 0.0, 40), (0.3, 0.0, 50), (0.02, 0.2, 50)],
+    ids=["enough", "one is needed", "not found yet"],
+)
+def test_a_search_ends_early_once_those_that_may_stay_serve_all_users_as_well(
+    tmp_path: Path, half_good: float, own: float, ends: int
+) -> None:
+    # Adaptors 0 and 1, 2 and 3 are of one cluster each, and half of the clients change theirs at each visit.
+    update = get_router_update(FederatedArguments(output_dir=str(tmp_path), rounds=100))
+    means = torch.block_diag(*[half_good * torch.ones(2, 2)] * 2) + (1 - torch.block_diag(*[torch.ones(2, 2)] * 2))
+    means = means.fill_diagonal_(0.0) + own * torch.eye(4)
+    memory = {"usage": torch.full((4,), 2.5), "losses": 2.5 * means, "switches": torch.tensor([5.0])}
+    assert [round for round in range(1, 101) if update.searched(memory, round, 2)] == list(range(ends, 101))
 
 
 def test_after_the_search_the_loss_is_plain_and_adaptors_slow_down_to_the_bases_rate(tmp_path: Path) -> None:

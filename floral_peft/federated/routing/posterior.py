@@ -12,7 +12,7 @@ from torch import Tensor
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.routing import schedule, sharing
 from floral_peft.federated.routing.balance import balance
-from floral_peft.federated.routing.prune import LEAST_REGRET, Drop, cut, dead, prune, regrets
+from floral_peft.federated.routing.prune import LEAST_REGRET, Drop, cut, dead, lost_with, prune, regrets
 from floral_peft.federated.routing.update import RouterUpdate, register_router_update
 from floral_peft.federated.seeding import derive_seed
 from floral_peft.federated.turn import Arrival, Arrived, Turn
@@ -163,12 +163,18 @@ class Posterior(RouterUpdate):
         return schedule.SEARCH_RANK if self.args.search_r is None else self.args.search_r
 
     def searched(self, memory: Mapping[str, Tensor], round: int, most: int) -> bool:
-        """Once clients have found their adaptors, stay with them and need no more than may stay; or half-way."""
+        """Once clients have found their adaptors, stay with them and need no more than may stay; half-way at last.
+
+        Clients may go round among duplicates for ever. In the second half of that time it is enough if those that may
+        stay serve all users as well as all do.
+        """
         if _SEARCHED in memory:
             return False
         least, half = schedule.searched_rounds(self._pace, self.args.rounds)
         few = len(memory["usage"]) <= most or not self.args.prune_adaptors
-        return round >= half or (round >= least and _settled(memory) and few)
+        if round >= half or (round >= least and _settled(memory) and few):
+            return True
+        return round >= (least + half) / 2 and self._suffice(memory, most)
 
     def cut(self, memory: Mapping[str, Tensor], most: int) -> list[Drop]:
         """Those without which the users of all lose least."""
@@ -187,6 +193,14 @@ class Posterior(RouterUpdate):
         chosen = torch.tensor(kept)
         pairs = {name: memory[name][chosen][:, chosen] for name in ("losses", "squares")}
         return {**memory, "usage": memory["usage"][chosen], **pairs}
+
+    def _suffice(self, memory: Mapping[str, Tensor], most: int) -> bool:
+        """Whether clients have the adaptors that are best for them, and would lose little if only so many stayed."""
+        usage, losses = memory["usage"], memory["losses"]
+        gone = {drop.adaptor for drop in cut(usage, losses, most)}
+        kept = [adaptor for adaptor in range(len(usage)) if adaptor not in gone]
+        found = lost_with(usage, losses, range(len(usage))) > -LEAST_REGRET
+        return found and lost_with(usage, losses, kept) < LEAST_REGRET
 
     def _errors(self, memory: Mapping[str, Tensor]) -> Tensor:
         """How far the mean differences between adaptors, over the users of each, may be off: (C, C).

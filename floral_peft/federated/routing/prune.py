@@ -137,6 +137,22 @@ def cut(usage: Tensor, losses: Tensor, most: int) -> list[Drop]:
     return drops
 
 
+def lost_with(usage: Tensor, losses: Tensor, kept: Sequence[int]) -> float:
+    """What the users of all lose on average if only some adaptors stay, and each takes the best of these.
+
+        Σ_a w_a min_{b kept} R_ab
+
+    in the units of [`regrets`]. Below 0 where users would do better with another than with their own.
+
+    Args:
+        usage: U, (C,).
+        losses: N, (C, C).
+        kept: Those that stay, one or more.
+    """
+    shares = usage / usage.sum().clamp(min=torch.finfo(usage.dtype).tiny)
+    return float((shares * regrets(usage, losses)[:, list(kept)].amin(dim=1)).sum())
+
+
 def _least_regretted(usage: Tensor, losses: Tensor, alive: list[int], errors: Tensor | None) -> Drop | None:
     """Of several adaptors that one whose users lose least with another; None where there is but one.
 

@@ -60,7 +60,8 @@ SEARCH_ADAPTORS = 4
 ENOUGH_ADAPTORS = 16
 SEARCH_RANK = 16
 #: until after so many participations, once few change theirs at a visit and no more are left than may stay, or when
-#: half of the run is over: then only those stay that may, compressed.
+#: half of the run is over (or from the middle of that time on, once it is clear that those that may stay are enough):
+#: then only those stay that may, compressed.
 SEARCHED = 30.0
 #: For so many participations after that none goes: compressed adaptors are alike until they have learned again. (Of a
 #: run of fewer than [`WHOLE`] rounds, in which a round cannot count for more, it is the same share.)
