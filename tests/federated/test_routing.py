@@ -218,6 +218,7 @@ def test_whoever_trains_much_or_by_adamw_or_comes_seldom_or_has_no_router_yet_lo
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (29, 2), (200, 10)])
 def test_a_tenth_of_the_examples_is_held_out_and_always_the_same(count: int, held: int) -> None:
     held_out, others = hold_out(count, seed=7)
+    hold_out.cache_clear()
     assert len(held_out) == held and torch.equal(hold_out(count, seed=7)[0], held_out)
     assert torch.equal(torch.cat([held_out, others]).sort().values, torch.arange(count))
 

@@ -357,6 +357,7 @@ def as_log_likelihoods(losses: Tensor, turn: Turn) -> Tensor:
     return losses if turn.real_labels is None else turn.real_labels / 2 * losses.clamp(min=1e-12).log()
 
 
+@lru_cache(maxsize=128)  # what a client draws is asked for when it looks and again when it arrives
 def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Which of a client's examples it does not train on for a while, and the others.
 
@@ -368,7 +369,7 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
         seed: Of the draw, the same in all rounds.
 
     Returns:
-        The rows of both, ascending; none are held out where there are too few.
+        The rows of both, ascending, not to be written to; none are held out where there are too few.
     """
     held = 0 if count < 3 else max(1, min(count // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
     drawn = torch.zeros(count, dtype=torch.bool)
@@ -376,7 +377,7 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return drawn.nonzero().squeeze(1), drawn.logical_not().nonzero().squeeze(1)
 
 
-@lru_cache(maxsize=128)  # what a client draws is asked for when it looks and again when it arrives
+@lru_cache(maxsize=128)
 def _drawn(count: int, drawn: int, seed: int) -> Tensor:
     """Some of so many rows, ascending; not to be written to."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:drawn].sort().values
