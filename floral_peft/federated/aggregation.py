@@ -304,7 +304,7 @@ def _part(used: Sequence[Tensor], cluster: Clustered, total: ExactSum) -> tuple[
     """Where a clustered tensor counts: its axis of length C, and the adaptors in use. None: everywhere."""
     if cluster.adaptor is not None or len(used[cluster.slot]) == total.shape[cluster.axis]:
         return None
-    return cluster.axis, used[cluster.slot].to(total.device)
+    return cluster.axis, used[cluster.slot]
 
 
 def keep_unused(

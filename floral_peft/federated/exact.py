@@ -63,15 +63,15 @@ class ExactSum:
         # Adding 1.5·2^52 grids rounds to the grid, whatever the sum holds; taking them away is exact.
         rounder = 1.5 * 2.0**52 * grid
         if part is not None:
-            value = value.index_select(*part)
-            weight = weight.index_select(*part) if isinstance(weight, Tensor) else weight
+            value = value.index_select(part[0], part[1].to(value.device))
+            weight = weight.index_select(part[0], part[1].to(weight.device)) if isinstance(weight, Tensor) else weight
         total = self._sums[chosen]
         product = total.new_empty(value.shape) if scratch is None else scratch[: value.numel()].view(value.shape)
         product.copy_(value).mul_(weight).add_(rounder).sub_(rounder)
         if part is None:
             total.add_(product)
         else:
-            total.index_add_(*part, product)
+            total.index_add_(part[0], part[1].to(total.device), product)
 
     def classes(self) -> list[int]:
         """The classes of magnitude that hold something here."""

@@ -100,6 +100,14 @@ def test_each_layer_is_weighed_by_its_own_router() -> None:
     assert sums.result().deltas["a"].tolist() == [[7.0, 7.0], [7.0, 7.0]]  # (1·4 + 3·8)/4
 
 
+def test_a_client_counts_where_the_router_of_the_layer_uses_an_adaptor() -> None:
+    groups = replace(GROUPS, clustered={"a": Clustered(axis=1, slot=1)})
+    sums = WeightedMean(SERVER, groups, 1, torch.Size([2, 2]))
+    deltas = {"u": torch.zeros(2), "a": torch.ones(2, 2)}
+    sums.add(ClientUpdate("a", 1, 4, torch.tensor([[4.0, 0.0], [0.0, 4.0]]).double(), deltas, 0.0))
+    assert sums.result().deltas["a"].tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
 def test_many_small_updates_are_summed_without_loss() -> None:
     sums = WeightedMean({"u": torch.zeros(1)}, replace(GROUPS, clustered={}), 1000)
     for _ in range(1000):

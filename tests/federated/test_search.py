@@ -142,19 +142,26 @@ def test_a_search_goes_on_while_clients_change_their_adaptors_or_have_more_than_
 
 
 @pytest.mark.parametrize(
-    ("half_good", "own", "ends"),
-    [(0.02, 0.0, 40), (0.3, 0.0, 50), (0.02, 0.2, 50)],
-    ids=["enough", "one is needed", "not found yet"],
+    ("other", "own", "most", "ends"),
+    [(0.18, 0.0, 2, 40), (0.22, 0.0, 2, 50), (0.0, 0.09, 2, 40), (0.0, 0.11, 2, 50), (0.18, 0.0, 4, 50)],
+    ids=["enough", "one is needed", "enough and all but found", "not found yet", "no more than may stay"],
 )
 def test_a_search_ends_early_once_those_that_may_stay_serve_all_users_as_well(
-    tmp_path: Path, half_good: float, own: float, ends: int
+    tmp_path: Path, other: float, own: float, most: int, ends: int
 ) -> None:
     # Adaptors 0 and 1, 2 and 3 are of one cluster each, and half of the clients change theirs at each visit.
     update = get_router_update(FederatedArguments(output_dir=str(tmp_path), rounds=100))
-    means = torch.block_diag(*[half_good * torch.ones(2, 2)] * 2) + (1 - torch.block_diag(*[torch.ones(2, 2)] * 2))
-    means = means.fill_diagonal_(0.0) + own * torch.eye(4)
-    memory = {"usage": torch.full((4,), 2.5), "losses": 2.5 * means, "switches": torch.tensor([5.0])}
-    assert [round for round in range(1, 101) if update.searched(memory, round, 2)] == list(range(ends, 101))
+    one = torch.tensor([[own, other], [other, own]], dtype=torch.float64)
+    losses = 2.5 * torch.block_diag(one, one) + 2.5 * (1 + own) * (1 - torch.block_diag(*[torch.ones(2, 2)] * 2))
+    memory = {"usage": torch.full((4,), 2.5), "losses": losses, "switches": torch.tensor([5.0])}
+    assert [round for round in range(1, 101) if update.searched(memory, round, most)] == list(range(ends, 101))
+
+
+@pytest.mark.parametrize("losses", [torch.eye(4), torch.ones(4, 4)], ids=["their worst", "all the same"])
+def test_a_search_does_not_end_early_where_no_adaptor_is_found(tmp_path: Path, losses: torch.Tensor) -> None:
+    update = get_router_update(FederatedArguments(output_dir=str(tmp_path), rounds=100))
+    memory = {"usage": torch.full((4,), 2.5), "losses": losses, "switches": torch.tensor([5.0])}
+    assert not update.searched(memory, 49, 2)
 
 
 def test_after_the_search_the_loss_is_plain_and_adaptors_slow_down_to_the_bases_rate(tmp_path: Path) -> None:

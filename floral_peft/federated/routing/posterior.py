@@ -195,12 +195,15 @@ class Posterior(RouterUpdate):
         return {**memory, "usage": memory["usage"][chosen], **pairs}
 
     def _suffice(self, memory: Mapping[str, Tensor], most: int) -> bool:
-        """Whether clients have the adaptors that are best for them, and would lose little if only so many stayed."""
+        """Whether there are more than so many, clients have the best for them, and with so many would lose little."""
         usage, losses = memory["usage"], memory["losses"]
+        everyone = range(len(usage))
         gone = {drop.adaptor for drop in cut(usage, losses, most)}
-        kept = [adaptor for adaptor in range(len(usage)) if adaptor not in gone]
-        found = lost_with(usage, losses, range(len(usage))) > -LEAST_REGRET
-        return found and lost_with(usage, losses, kept) < LEAST_REGRET
+        if not gone or not bool(regrets(usage, losses).any()):  # or adaptors do not matter
+            return False
+        own = lost_with(usage, losses, everyone)
+        fewer = lost_with(usage, losses, [adaptor for adaptor in everyone if adaptor not in gone])
+        return own > -LEAST_REGRET and fewer - own < LEAST_REGRET
 
     def _errors(self, memory: Mapping[str, Tensor]) -> Tensor:
         """How far the mean differences between adaptors, over the users of each, may be off: (C, C).
