@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from floral_peft.federated.adaptors import Adaptors
+from floral_peft.federated.aggregation import UpdateError
 from floral_peft.federated.arrivals import GROUP, Arrivals
 from floral_peft.federated.batches import RESIDENT_BYTES, Examples
 from floral_peft.federated.cohort import CohortTraining
@@ -233,8 +234,8 @@ class Clients:
             try:
                 found.append((client_id, {name: self.arrivals(turn()).private[name]}))
             except Exception as error:  # as in training: a client's failure is its own loss
-                text = "client %r: %s: %s; its router is the one that it had"
-                logger.warning(text, client_id, type(error).__name__, error)
+                who = "" if isinstance(error, UpdateError) else f"client {client_id!r}: {type(error).__name__}: "
+                logger.warning("%s%s; its router is the one that it had", who, error)
         gathered = self._processes.gather(pack_states(found))
         return kept | self._told([item for part in gathered for item in unpack_states(part)])
 

@@ -113,7 +113,8 @@ class Forward:
                 rows = torch.tensor(sizes, device=labels.device)
                 outputs = outputs + torch.stack([part[LABEL_PRIOR] for part in parts]).repeat_interleave(rows, dim=0)
             losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
-            return _shares(labels, sizes).to(losses) @ losses
+            shares = _shares(labels, sizes).to(losses)
+            return torch.where(shares == 0, 0.0, shares * losses).sum(dim=-1)  # NaN · 0, of another part, is no 0
         pairs = zip(outputs.split(sizes), labels.split(sizes), parts, strict=True)
         return torch.stack([self._discounted(output, label, part).loss for output, label, part in pairs])
 

@@ -57,7 +57,8 @@ class Personalizing:
             The client's mixture, (C,); for several clients a dictionary of them.
 
         Raises:
-            ValueError: The model has no routers; a client is known already, or has no examples.
+            ValueError: The model has no routers; a client is known already, has no examples, or its losses are not
+                finite.
             TypeError: The examples are anything else.
         """
         if self._routers is None:
@@ -115,7 +116,8 @@ def personal_router(turn: Turn, arrival: Arrival) -> Tensor:
         outputs = turn.forward.outputs(batch)
         return prediction_doubt(outputs["logits"] if isinstance(outputs, Mapping) else outputs)
 
-    logits = turn.routers.less(turn.private[turn.routers.name], turn.num_examples * turn.pure_means(doubt))
+    doubts = turn.num_examples * turn.finite(turn.pure_means(doubt))
+    logits = turn.routers.less(turn.private[turn.routers.name], doubts)
     return logits - logits.amax(dim=-1, keepdim=True)
 
 

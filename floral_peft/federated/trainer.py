@@ -47,7 +47,7 @@ from floral_peft.federated.seeding import ClientId, derive_seed, generators_kept
 from floral_peft.federated.server import ServerSettings, ServerState
 from floral_peft.federated.stopwatch import Stopwatch
 from floral_peft.federated.store import PrivateStore
-from floral_peft.federated.turn import Turn
+from floral_peft.federated.turn import EvidenceError, Turn
 from floral_peft.federated.visitor import Visitor, modes_kept
 from floral_peft.federated.workplace import Workplace
 
@@ -323,7 +323,10 @@ class FederatedTrainer(Publishing, Personalizing):
     def _evaluated_as(self, client_id: ClientId, turn: Turn | None = None) -> Iterator[None]:
         """Within, the model is what is evaluated for a client, whose turn it may be already."""
         turn = turn or self._clients.turn(client_id, self._clients.private(client_id), self._round)
-        turn.private = self._arrivals(turn).private
+        try:
+            turn.private = self._arrivals(turn).private
+        except EvidenceError as error:
+            logger.warning("%s; it is evaluated with the router that it had", error)
         self._visitor.load(turn.private)
         with self.method.evaluated(turn):
             yield

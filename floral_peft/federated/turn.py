@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from floral_peft.federated.aggregation import UpdateError
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.batches import RESIDENT_BYTES, Batch, Examples, ordered_batches
 from floral_peft.federated.client import LocalTraining
@@ -22,6 +23,10 @@ from floral_peft.federated.routers import Routers
 from floral_peft.federated.seeding import ClientId, derive_seed, seed_generators
 from floral_peft.federated.server import PrivateState, ServerState
 from floral_peft.federated.workplace import Workplace
+
+
+class EvidenceError(UpdateError):
+    """A client's losses under the adaptors say nothing; the message names the client."""
 
 
 class Turn:
@@ -120,8 +125,25 @@ class Turn:
             return torch.stack([function(batch, count) for count, batch in self._batches()]).sum(dim=0)
 
     def pure_losses(self) -> Tensor:
-        """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,)."""
-        return self.pure_means(self._loss)
+        """f_c, the mean loss of a training example where adaptor c is used alone, float32, shape (C,).
+
+        Raises:
+            EvidenceError: They are not finite.
+        """
+        return self.finite(self.pure_means(self._loss))
+
+    def finite(self, losses: Tensor) -> Tensor:
+        """Losses of the client's examples, as they are.
+
+        Raises:
+            EvidenceError: They are not finite.
+        """
+        if not bool(losses.isfinite().all()):
+            raise EvidenceError(
+                f"client {self.client_id!r}: its losses under the adaptors are not finite: an example holds values "
+                "that are not, or none has a label, or training diverged (a lower learning_rate, or max_grad_norm)"
+            )
+        return losses
 
     def pure_losses_of(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The same for parts of the client's training examples, none of them empty.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from floral_peft.federated.routing.balance import balance
 from floral_peft.federated.routing.posterior import hold_out
 from floral_peft.federated.seeding import derive_seed
 
-from .clients import StopAfter, examples, floral_net, net, tensors, trainer
+from .clients import StopAfter, examples, floral_net, net, population, tensors, trainer
 
 
 POSTERIOR: dict[str, Any] = {"router_update": "posterior", "search_adaptors": 1, "search_r": 1}
@@ -372,6 +373,48 @@ def test_clients_side_by_side_find_the_same(tmp_path: Path) -> None:
         runs.append(tensors(run.model))
     for name, value in runs[0].items():
         assert torch.allclose(value, runs[1][name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("cohort", ["loop", "vectorized"])
+def test_examples_that_are_not_finite_cost_nobody_but_their_client(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cohort: str
+) -> None:
+    clients = population(5, num_examples=20)
+    sick = DatasetDict(clients["client 1"])
+    sick["train"] = sick["train"].map(lambda one: {"points": [math.nan, *one["points"][1:]]})
+    dataset = FederatedDataset({**clients, "client 1": sick})
+    settings = POSTERIOR | {"per_device_eval_batch_size": 64}  # several clients share a pass
+    run = trainer(tmp_path, model=started(), dataset=dataset, rounds=4, cohort=cohort, **settings)
+    run.train()
+    rounds = [record for record in run.records if record["event"] == "round"]
+    assert [list(record["clients_dropped"]) for record in rounds] == [["client 1"]] * 4
+    mixtures = dict(zip(*run.mixtures(), strict=True))
+    assert mixtures.pop("client 1").tolist() == [0.5, 0.5]  # the router that it had
+    assert all(0.9 < float(mixture.max()) <= 1 for mixture in mixtures.values())
+    assert math.isfinite(run.evaluate()["eval_loss"]) and len(run.client_metrics) == 5
+    told = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+    assert told and all("client 'client 1': " in line for line in told)
+    with pytest.raises(ValueError, match=r"client 'new client': its losses .* not finite"):
+        run.personalize(sick["train"])
+    with pytest.raises(ValueError, match=r"client 'new client': its losses .* not finite"):
+        run.personalize(sick["train"].remove_columns("labels"))
+
+
+def test_what_is_held_out_tells_nothing_where_it_is_not_finite(tmp_path: Path) -> None:
+    clients = population(2, num_examples=20)
+    held_out = hold_out(20, derive_seed(42, "held out", "client 0"))[0].tolist()
+    some = DatasetDict(clients["client 0"])
+    some["train"] = some["train"].map(
+        lambda one, row: {"points": [math.nan, *one["points"][1:]]} if row in held_out else one, with_indices=True
+    )
+    dataset = FederatedDataset({**clients, "client 0": some})
+    run = trainer(tmp_path, model=started(), dataset=dataset, rounds=100, **POSTERIOR)
+    state = ServerState.of(run.model, run._groups, run._update.start(2))
+    with run._visit():
+        turn = run._clients.turn("client 0", run._clients.private("client 0"), 50, state)
+        found = run._arrivals(turn)
+    assert len(held_out) and found.trains_on is not None and len(found.trains_on) == 20 - len(held_out)
+    assert all(bool(value.isfinite().all()) for value in found.sums.values())
 
 
 def test_a_client_without_examples_stays_as_it_is(tmp_path: Path) -> None:

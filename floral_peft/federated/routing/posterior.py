@@ -247,7 +247,8 @@ class Posterior(RouterUpdate):
             nothing = {**self.start(before.shape[-1]), "visits": torch.ones(1, dtype=torch.float64)}
             return Arrived(turn.with_logits(self._working(before, turn)), {routers.name: before}, nothing, trains_on)
         *unseen, losses = turn.pure_losses_of(examined)
-        seen = as_log_likelihoods(losses, turn)
+        seen = as_log_likelihoods(turn.finite(losses), turn)
+        unseen = [one for one in unseen if bool(one.isfinite().all())]  # none of them may have a label
         chosen = _chooses(before)
         losses = seen
         if chosen and len(held_out):
