@@ -6,7 +6,13 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: `": did you mean 'rounds'?"` if one is near, else a full stop."""
-    found = get_close_matches(name, list(known), n=1)
-    return f": did you mean {found[0]!r}?" if found else "."
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """The end of a sentence about an unknown name: `": did you mean 'rounds'?"` if one is near, else a full stop.
+
+    Args:
+        name: What was given; an int, too.
+        known: The names that there are; ints, too.
+    """
+    by_text = {str(one): one for one in known}
+    found = get_close_matches(str(name), by_text, n=1)
+    return f": did you mean {by_text[found[0]]!r}?" if found else "."

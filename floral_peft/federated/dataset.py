@@ -279,7 +279,7 @@ class FederatedDataset(Mapping[ClientId, DatasetDict]):
     def _position(self, client_id: object) -> int:
         position = self._found(client_id)
         if position is None:
-            raise KeyError(f"no client {client_id!r} among the {len(self)} clients {_some(self._ids)}.")
+            raise KeyError(f"no client {client_id!r} among the {len(self)} clients {_some(self._ids)}")
         return position
 
     def _found(self, client_id: object) -> int | None:
@@ -365,7 +365,12 @@ def _check_clusters(clusters: Clusters | None, known: Mapping[ClientId, Any]) ->
 
 def _labels(dataset: Dataset, column: str | None) -> np.ndarray:
     found = column or next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
-    if found is None or found not in dataset.column_names:
+    if found is None:
+        raise ValueError(
+            f"which column holds the labels? There is neither of {', '.join(LABEL_COLUMNS)} among the dataset's "
+            f"{dataset.column_names}: give label_column."
+        )
+    if found not in dataset.column_names:
         raise ValueError(f"label_column={found!r} is not in the dataset; its columns: {dataset.column_names}.")
     if not isinstance(dataset.features[found], (Value, ClassLabel)):
         raise TypeError(f"label_column={found!r} must hold one label an example, not {dataset.features[found]!r}.")

@@ -76,7 +76,8 @@ def _open_locked(folder: Path, path: Path) -> int:
             if error.errno not in _HELD:
                 logger.warning("%s: this file system has no locks (%s); start no second trainer there.", folder, error)
                 return descriptor
-            holder = os.read(descriptor, 200).decode(errors="replace") if sys.platform != "win32" else "a process"
+            told = os.read(descriptor, 200).decode(errors="replace") if sys.platform != "win32" else ""
+            holder = told or "another process"  # which may be about to say which
             os.close(descriptor)
             raise OutputDirInUseError(
                 f"output_dir={str(folder)!r} is in use: {holder} is training there. Wait for it to end, or choose "

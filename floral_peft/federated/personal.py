@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 
 from floral_peft.federated.adaptors import Adaptors
+from floral_peft.federated.aggregation import UpdateError
 from floral_peft.federated.arguments import FederatedArguments
 from floral_peft.federated.arrivals import Arrivals
 from floral_peft.federated.batches import Batch
@@ -57,8 +58,8 @@ class Personalizing:
             The client's mixture, (C,); for several clients a dictionary of them.
 
         Raises:
-            ValueError: The model has no routers; a client is known already, has no examples, or its losses are not
-                finite.
+            ValueError: The model has no routers; a client is known already, has no examples, its losses are not
+                finite, or the model cannot be run on its examples.
             TypeError: The examples are anything else.
         """
         if self._routers is None:
@@ -70,7 +71,14 @@ class Personalizing:
             start = {**self._adaptors.untrained, self._routers.name: torch.zeros(1, *self._routers.shape)}
             for name, examples in chosen.items():
                 turn = Turn(self._place, self._routers, name, examples, start, self._round)
-                found[name] = personal_router(turn, arrival)
+                try:
+                    found[name] = personal_router(turn, arrival)
+                except UpdateError:  # which names the client
+                    raise
+                except Exception as error:
+                    raise ValueError(
+                        f"client {name!r}: the model cannot be run on its examples: {type(error).__name__}: {error}"
+                    ) from error
         self._routers.install(list(found), found)
         mixtures = {name: self.model.mixture(name) for name in found}
         return mixtures if isinstance(data, Mapping) and not isinstance(data, DatasetDict) else mixtures[client]
@@ -86,7 +94,7 @@ def new_clients(data: Any, client: ClientId, known: Container[ClientId]) -> dict
         known: The clients that are no new ones.
 
     Raises:
-        TypeError: They are anything else.
+        TypeError: They are anything else, such as a batch.
         ValueError: A client has no examples, or is known already.
     """
     several = isinstance(data, Mapping) and not isinstance(data, DatasetDict)
@@ -132,7 +140,7 @@ def _dataset(client: Any, data: Any) -> Dataset:
         return Dataset.from_list([{name: _plain(value) for name, value in example.items()} for example in data])
     raise TypeError(
         f"client {client!r}: examples are a Dataset, a DatasetDict or a list of dictionaries, got "
-        f"{type(data).__name__}."
+        f"{type(data).__name__}. (A dictionary is of clients, each with its examples.)"
     )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from floral_peft.federated.batches import Collator, Examples
 from floral_peft.federated.dataset import FederatedDataset
-from floral_peft.federated.forward import Forward
+from floral_peft.federated.forward import Forward, is_cross_entropy
 from floral_peft.federated.seeding import ClientId
 
 
@@ -19,7 +19,9 @@ EXAMPLES = 2
 def probe(
     model: nn.Module, forward: Forward, dataset: FederatedDataset, collator: Collator, device: torch.device
 ) -> None:
-    """Run the model on two examples of each of the first clients. One client's own mistake passes.
+    """Run the model on two examples of each of the first clients, and look at their labels' range.
+
+    One client's own mistake passes.
 
     Args:
         model: The model, which is left in evaluation mode.
@@ -38,7 +40,7 @@ def probe(
         try:
             split = dataset[client_id]["train"]
             if len(split):
-                forward(Examples(split, collator, device).batch(torch.arange(min(len(split), EXAMPLES))))
+                _try(forward, Examples(split, collator, device))
         except Exception as error:  # a client's data and the user's functions may raise anything
             failures[client_id] = error
     if len(failures) == len(some):
@@ -49,3 +51,14 @@ def probe(
             f"client {first!r}: the model cannot be run on its training examples{others}: {reason}. Nothing was "
             "trained. Check that the columns, the data_collator, the loss_fn and the labels' range fit the model."
         ) from failure
+
+
+def _try(forward: Forward, examples: Examples) -> None:
+    """Run the model on the first examples, and see whether it has an output for the label of each."""
+    prediction = forward(examples.batch(torch.arange(min(len(examples), EXAMPLES))))
+    labels = examples.classes()
+    if labels is None or not labels.size or not is_cross_entropy(prediction):
+        return
+    outputs = prediction.logits.shape[-1]
+    if labels.max() >= outputs:
+        raise ValueError(f"label {labels.max()}, but the model has outputs for 0 to {outputs - 1}")

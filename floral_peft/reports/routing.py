@@ -72,6 +72,7 @@ def plot_routers(cells: Sequence[Cell]) -> Figure | None:
             draw_series(axes, series.smooth(), cell.label, style[cell.label])
         scale_rounds(axes)
         axes.set_ylim(0, 1.06 * max(axes.get_ylim()[1], *(series.mean.max() for _, series in lines)))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))  # the same ticks before and after the figure is laid out
         name_axes(axes, "round", name)
     legend_beside(figure, panels[0], labels)
     return figure

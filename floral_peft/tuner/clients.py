@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -172,15 +172,28 @@ class Clients:
 
         Raises:
             ValueError: there are no batches, a loss is not finite, or another argument is out of its range.
+            TypeError: an argument, or what `loss` returns, is something else.
         """
         self._check_not_merged("fit a router")
         if client is None:
             self._one_row(None)
+        elif isinstance(client, bool) or not isinstance(client, (str, Integral)):
+            raise TypeError(f"A client is a name (str) or a number (int), got {client!r}.")
+        if isinstance(batches, Mapping):
+            columns = ", ".join(map(str, batches))
+            raise TypeError(f"`batches` is a single batch, with {columns}: give a list of batches, [batch].")
         model: Any = self
+
+        def own(batch: Any) -> Tensor:
+            found = model_loss(model, batch) if loss is None else loss(batch)
+            if not isinstance(found, Tensor):
+                raise TypeError(f"`loss` takes a batch and returns a tensor, got {type(found).__name__}.")
+            return found
+
         held = list(batches)
         if not held:
             raise ValueError("There are no batches to fit a router to: give at least one example.")
-        losses = PureModels(model).losses(loss or (lambda batch: model_loss(model, batch)), held)
+        losses = PureModels(model).losses(own, held)
         sums = [evidence(each.double(), batch) for each, batch in zip(losses, held, strict=True)]
         given = None if prior is None else torch.as_tensor(prior)
         logs = posterior(torch.stack(sums).sum(dim=0), given, temperature)

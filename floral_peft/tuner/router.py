@@ -94,6 +94,8 @@ class Router(nn.Module):
                 f"Routers for adapter {adapter_name!r} must have the shape (clients, {old.shape[1]}, {old.shape[2]}), "
                 f"got {tuple(logits.shape)}."
             )
+        if not bool(logits.isfinite().all()):
+            raise ValueError(f"Routers for adapter {adapter_name!r} hold values that are not finite.")
         if names is not None and len(names) != len(logits):
             raise ValueError(f"{len(names)} client names for {len(logits)} routers of adapter {adapter_name!r}.")
         table = logits.detach().to(device=old.device, dtype=old.dtype, copy=True)
@@ -370,6 +372,6 @@ class RouterSettings:
             more = f" and {len(known) - 5} more" if len(known) > 5 else ""
             raise ValueError(
                 f"Client {client!r} is unknown to adapter {adapter_name!r}, which knows {', '.join(known[:5])}{more}"
-                f"{did_you_mean(str(name), map(str, self.row_by_name))}"
+                f"{did_you_mean(name, self.row_by_name)}"
             )
         return self.row_by_name[name]

@@ -253,7 +253,7 @@ MISTAKES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: Clients.from_partition(rows().remove_columns("label"), 2, "labels"),
         ValueError,
-        "label_column=None is not in the dataset; its columns",
+        "which column holds the labels.*give label_column",
     ),
     (lambda: Clients.from_partitioner(3), TypeError, "int has no num_partitions"),
 ]

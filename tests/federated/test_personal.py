@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def test_methods_of_several_models_find_routers_too(tmp_path: Path) -> None:
         ({"x": DatasetDict(test=examples(2))}, ValueError, 'no "train"'),
         ({1.5: examples(2)}, TypeError, "a string or an int"),
         ({"x": 3}, TypeError, "a Dataset, a DatasetDict or a list of dictionaries, got int"),
+        ({"x": [{"points": [0.0] * 3, "labels": 0}]}, ValueError, "client 'x': the model cannot be run"),
+        ({"x": [{"points": [math.nan] * 4, "labels": 0}]}, ValueError, "client 'x': its losses .* are not finite"),
+        ({"x": [{"points": [math.nan] * 4}]}, ValueError, "client 'x': its losses .* are not finite"),
     ],
 )
 def test_what_cannot_be_personalized_is_refused(

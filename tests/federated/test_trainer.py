@@ -590,6 +590,17 @@ def test_a_wrong_shape_is_named_before_training_without_a_trace(
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_beyond_the_models_outputs_are_named_before_training(tmp_path: Path) -> None:
+    def counted_from_one(k: int) -> Any:
+        held = examples(12, seed=k)
+        labels = sorted(held["labels"][:])  # the first examples tell nothing
+        return held.remove_columns("labels").add_column("labels", [label + 1 for label in labels])
+
+    data = FederatedDataset({k: counted_from_one(k) for k in range(2)})
+    with pytest.raises(ValueError, match=r"client 0: .*label 3, but the model has outputs for 0 to 2"):
+        trainer(tmp_path, dataset=data, router_update="posterior").train()
+
+
 def test_an_evaluation_without_test_examples_is_named(tmp_path: Path) -> None:
     data = FederatedDataset({k: examples(5) for k in range(2)})
     with pytest.raises(ValueError, match='no client has examples in a split "test"'):

@@ -176,6 +176,21 @@ def test_what_no_router_can_be_fitted_to_is_refused(given: dict[str, Any], messa
     assert torch.equal(model.mixture(), before)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"client": 1.5}, "a name .str. or a number .int., got 1.5"),
+        ({"client": True}, "got True"),
+        ({"batches": {"x": X}}, "a single batch, with x: give a list"),
+        ({"loss": lambda batch: 1.0}, "returns a tensor, got float"),
+    ],
+)
+def test_what_is_of_another_type_is_named(given: dict[str, Any], message: str) -> None:
+    model = net()
+    with pytest.raises(TypeError, match=message):
+        model.fit_router(**{"batches": BATCHES, "loss": loss_of(model)} | given)
+
+
 def test_of_several_selected_clients_one_must_be_named() -> None:
     model = net(num_clients=3)
     model.set_client([0, 1])
