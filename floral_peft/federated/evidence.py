@@ -52,13 +52,24 @@ def mean_losses(
     numbered = [[(k, piece) for pieces, k in zip(group, number, strict=False) for piece in pieces] for group in groups]
     passes = [one for pieces in numbered for one in _passes(pieces, batch_size)]
     losses = models.losses(forward.losses_of_parts, [[piece.batch for _, piece in one] for one in passes])
-    found: list[list[Tensor]] = [[] for group in groups for _ in group]
+    told: list[list[list[tuple[float, Tensor]]]] = [[] for group in groups for _ in group]  # client, part, piece
     for one, values in zip(passes, losses, strict=True):
         for (k, piece), value in zip(one, values.float().cpu().unbind(dim=1), strict=True):
-            if piece.part == len(found[k]):
-                found[k].append(torch.zeros_like(value))
-            found[k][piece.part] += value * piece.share
-    return found
+            if piece.part == len(told[k]):
+                told[k].append([])
+            told[k][piece.part].append((piece.share, value))
+    return [[_mean(pieces) for pieces in parts] for parts in told]
+
+
+def _mean(pieces: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """The weighted mean of pieces' losses, (C,). One without any label is left out, unless none has any."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    known = [(share, value) for share, value in pieces if not bool(value.isnan().all())]
+    if len(known) in (0, len(pieces)):
+        return torch.stack([share * value for share, value in pieces]).sum(dim=0)
+    whole = sum(share for share, _ in known)
+    return torch.stack([share / whole * value for share, value in known]).sum(dim=0)
 
 
 def _passes(pieces: Iterable[tuple[int, Piece]], batch_size: int) -> Iterator[list[tuple[int, Piece]]]:

@@ -18,13 +18,13 @@ PSEUDO_COUNT = 0.3
 def label_log_prior(labels: np.ndarray, classes: int) -> Tensor:
     """Log q, q(y) = (count(y) + ε) / (n + ε·classes): shape (classes,), float32.
 
-    Labels that are negative, which losses leave out, are not counted.
+    Labels that no class has, negative or too large, are not counted: losses may leave them out.
 
     Args:
         labels: A client's labels, integers, any shape.
         classes: How many labels there are.
     """
-    counted = labels[labels >= 0].ravel().astype(np.int64)
+    counted = labels[(labels >= 0) & (labels < classes)].ravel().astype(np.int64)
     counts = np.bincount(counted, minlength=classes).astype(np.float32) + PSEUDO_COUNT
     return torch.from_numpy(np.log(counts / counts.sum()))
 

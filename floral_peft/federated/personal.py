@@ -59,27 +59,33 @@ class Personalizing:
 
         Raises:
             ValueError: The model has no routers; a client is known already, has no examples, its losses are not
-                finite, or the model cannot be run on its examples.
+                finite, or the model cannot be run on its examples: the first of several such; the others have their
+                routers then.
             TypeError: The examples are anything else.
         """
         if self._routers is None:
             raise ValueError("the model has no FLORAL adaptors, so there is no router to find.")
         chosen = new_clients(data, client, self.dataset)
         arrival = self._arrivals.arrival or Posterior(self.args).arrival()
-        found = {}
+        found: dict[ClientId, Tensor] = {}
+        failure: Exception | None = None
         with self._visit():
             start = {**self._adaptors.untrained, self._routers.name: torch.zeros(1, *self._routers.shape)}
             for name, examples in chosen.items():
                 turn = Turn(self._place, self._routers, name, examples, start, self._round)
                 try:
                     found[name] = personal_router(turn, arrival)
-                except UpdateError:  # which names the client
-                    raise
+                except UpdateError as error:  # which names the client
+                    failure = failure or error
                 except Exception as error:
-                    raise ValueError(
-                        f"client {name!r}: the model cannot be run on its examples: {type(error).__name__}: {error}"
-                    ) from error
-        self._routers.install(list(found), found)
+                    reason = f"{type(error).__name__}: {error}"
+                    told = ValueError(f"client {name!r}: the model cannot be run on its examples: {reason}")
+                    told.__cause__ = error
+                    failure = failure or told
+        if found:
+            self._routers.install(list(found), found)
+        if failure is not None:
+            raise failure
         mixtures = {name: self.model.mixture(name) for name in found}
         return mixtures if isinstance(data, Mapping) and not isinstance(data, DatasetDict) else mixtures[client]
 

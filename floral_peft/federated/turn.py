@@ -133,12 +133,15 @@ class Turn:
         return self.finite(self.pure_means(self._loss))
 
     def finite(self, losses: Tensor) -> Tensor:
-        """Losses of the client's examples, as they are.
+        """The client's losses under each adaptor, as they are: infinite ones only beside one that is not.
+
+        Args:
+            losses: Or what else says how likely each adaptor is, (C,).
 
         Raises:
             EvidenceError: They are not finite.
         """
-        if not bool(losses.isfinite().all()):
+        if bool(losses.isnan().any()) or not bool(losses.isfinite().any()):
             raise EvidenceError(
                 f"client {self.client_id!r}: its losses under the adaptors are not finite: an example holds values "
                 "that are not, or none has a label, or training diverged (a lower learning_rate, or max_grad_norm)"

@@ -96,4 +96,5 @@ def mean_posterior(turn: Turn) -> Arrived:
         losses = turn.forward.losses(batch)
         return (mixture.to(losses).log().view(-1, 1) - losses).softmax(dim=0).sum(dim=1)
 
-    return Arrived(turn.with_logits(turn.routers.of_mixture(turn.total(posteriors) / turn.num_examples)))
+    found = turn.finite(turn.total(posteriors))
+    return Arrived(turn.with_logits(turn.routers.of_mixture(found / turn.num_examples)))

@@ -94,8 +94,6 @@ class Router(nn.Module):
                 f"Routers for adapter {adapter_name!r} must have the shape (clients, {old.shape[1]}, {old.shape[2]}), "
                 f"got {tuple(logits.shape)}."
             )
-        if not bool(logits.isfinite().all()):
-            raise ValueError(f"Routers for adapter {adapter_name!r} hold values that are not finite.")
         if names is not None and len(names) != len(logits):
             raise ValueError(f"{len(names)} client names for {len(logits)} routers of adapter {adapter_name!r}.")
         table = logits.detach().to(device=old.device, dtype=old.dtype, copy=True)

@@ -400,6 +400,52 @@ def test_examples_that_are_not_finite_cost_nobody_but_their_client(
         run.personalize(sick["train"].remove_columns("labels"))
 
 
+@pytest.mark.parametrize("method", ["ifca", "fedem", "ensemble"])
+def test_nor_do_they_with_methods_of_several_models(tmp_path: Path, method: str) -> None:
+    clients = population(4, num_examples=20)
+    sick = DatasetDict(clients["client 1"])
+    sick["train"] = sick["train"].map(lambda one: {"points": [math.nan, *one["points"][1:]]})
+    dataset = FederatedDataset({**clients, "client 1": sick})
+    run = trainer(tmp_path, method, dataset=dataset, rounds=2, per_device_eval_batch_size=64, **POSTERIOR)
+    run.train()
+    rounds = [record for record in run.records if record["event"] == "round"]
+    assert [list(record["clients_dropped"]) for record in rounds] == [["client 1"]] * 2
+    assert bool(run.mixtures()[1].isfinite().all()) and math.isfinite(run.evaluate()["eval_loss"])
+
+
+def test_a_model_under_which_a_loss_is_infinite_is_never_chosen(tmp_path: Path) -> None:
+    run = trainer(tmp_path, "ifca", loss_fn=lambda outputs, labels: outputs.square().mean(), rounds=1)
+    with torch.no_grad():
+        run.model.members[1][2].weight.fill_(1e25)
+    run.train()
+    assert [record["clients_dropped"] for record in run.records if record["event"] == "round"] == [{}]
+    assert run.mixtures()[1].tolist() == [[1.0, 0.0]] * len(run.dataset)
+
+
+def test_examples_without_labels_take_no_part_in_what_the_others_tell(tmp_path: Path) -> None:
+    clients = population(2, num_examples=12)
+    some = DatasetDict(clients["client 0"])
+    some["train"] = some["train"].map(
+        lambda one, row: {"labels": -100 if row % 2 else one["labels"]}, with_indices=True
+    )
+    dataset = FederatedDataset({**clients, "client 0": some})
+    run = trainer(tmp_path, model=started(), dataset=dataset, **POSTERIOR, per_device_eval_batch_size=1)
+    with run._visit():
+        turn = run._clients.turn("client 0", run._clients.private("client 0"), 0)
+        (found,) = turn.pure_losses_of([torch.arange(12)])
+        (half,) = turn.pure_losses_of([torch.arange(0, 12, 2)])
+    assert bool(found.isfinite().all()) and torch.allclose(found, half)
+
+
+def test_several_new_clients_do_not_wait_for_one_that_cannot_be_personalized(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=started(), rounds=1, **POSTERIOR)
+    run.train()
+    bad = [{"points": [math.nan] * 4, "labels": 0}]
+    with pytest.raises(ValueError, match="client 'bad': its losses"):
+        run.personalize({"bad": bad, "good": examples(5)})
+    assert float(run.model.mixture("good").sum()) == pytest.approx(1.0)
+
+
 def test_what_is_held_out_tells_nothing_where_it_is_not_finite(tmp_path: Path) -> None:
     clients = population(2, num_examples=20)
     held_out = hold_out(20, derive_seed(42, "held out", "client 0"))[0].tolist()

@@ -141,14 +141,6 @@ def test_a_client_whose_name_is_a_number_is_told_as_one() -> None:
         adapted(client_names=["hamlet", "ophelia", 7, "../x"]).set_client("7")
 
 
-def test_routers_that_are_not_finite_are_refused() -> None:
-    model = adapted()
-    before = model.mixture([0, 1, 2, 3])
-    with pytest.raises(ValueError, match="'default' hold values that are not finite"):
-        model.set_routers(torch.full((2, *model.router.logits["default"].shape[1:]), torch.nan))
-    assert torch.equal(model.mixture([0, 1, 2, 3]), before)
-
-
 def test_a_batch_with_another_number_of_clients_is_refused() -> None:
     with pytest.raises(ValueError, match="Layer 0: 3 clients were given for a batch of 4"):
         adapted()(X, client_ids=[0, 1, 2])
