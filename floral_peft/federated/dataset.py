@@ -367,7 +367,7 @@ def _labels(dataset: Dataset, column: str | None) -> np.ndarray:
     found = column or next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
     if found is None:
         raise ValueError(
-            f"which column holds the labels? There is neither of {', '.join(LABEL_COLUMNS)} among the dataset's "
+            f"which column holds the labels? There is none of {', '.join(LABEL_COLUMNS)} among the dataset's "
             f"{dataset.column_names}: give label_column."
         )
     if found not in dataset.column_names:
