@@ -62,7 +62,7 @@ def mean_losses(
 
 
 def _mean(pieces: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """The weighted mean of pieces' losses, (C,). Those that are no numbers, for want of labels, count if all are so."""
+    """The weighted mean of pieces' losses, (C,). Those of no number, for want of labels, count if all are."""
     if len(pieces) == 1:
         return pieces[0][1]
     known = [(share, value) for share, value in pieces if not bool(value.isnan().all())]
