@@ -160,8 +160,9 @@ def _check_usage(who: str, update: ClientUpdate, routers: torch.Size | None) -> 
         raise UpdateError(f"{who}: usage is {found}, expected a tensor of floating-point numbers")
     if usage.shape != routers:
         raise UpdateError(f"{who}: usage has shape {tuple(usage.shape)}, expected {tuple(routers)}")
-    whole = torch.full(routers[:1], float(update.num_examples), dtype=usage.dtype)
-    if not bool((usage >= 0).all()) or not torch.allclose(usage.sum(dim=-1), whole, rtol=1e-3):
+    whole = update.num_examples
+    even = all(math.isclose(row, whole, rel_tol=1e-3) for row in usage.sum(dim=-1).tolist())
+    if not even or not bool((usage >= 0).all()):
         raise UpdateError(f"{who}: usage must be at least 0 and sum to num_examples={update.num_examples} in each row")
 
 
@@ -233,12 +234,12 @@ class WeightedMean:
     def add(self, update: ClientUpdate) -> None:
         """Add an update that `check_update` let pass."""
         most = max(update.num_examples, 0.0 if update.usage is None else float(update.usage.max()))
-        used = [] if update.usage is None else [row.nonzero().squeeze(1) for row in update.usage]  # by slot
+        used = _Used(update.usage)
         for name, delta in update.deltas.items():
             total = self._sums[name]
             cluster = self._groups.clustered.get(name)
             weight = update.num_examples if cluster is None else _along(update.usage, cluster, total)
-            part = None if cluster is None else _part(used, cluster, total)
+            part = None if cluster is None or total.waits else used.part(cluster, total)
             total.add(delta, weight, update.peaks[name] * most, self._scratch[total.device], part)
         self._examples += update.num_examples
         if update.usage is not None and self._usage is not None:
@@ -300,11 +301,25 @@ def _along(weights: Tensor | None, cluster: Clustered, like: Tensor | ExactSum) 
     return of_slot.view(shape)
 
 
-def _part(used: Sequence[Tensor], cluster: Clustered, total: ExactSum) -> tuple[int, Tensor] | None:
-    """Where a clustered tensor counts: its axis of length C, and the adaptors in use. None: everywhere."""
-    if cluster.adaptor is not None or len(used[cluster.slot]) == total.shape[cluster.axis]:
-        return None
-    return cluster.axis, used[cluster.slot]
+class _Used:
+    """The adaptors that an update's client uses, by slot.
+
+    Args:
+        usage: The update's usage, (L, C).
+    """
+
+    def __init__(self, usage: Tensor | None) -> None:
+        self._usage = usage
+
+    @cached_property
+    def _numbers(self) -> list[Tensor]:
+        return [] if self._usage is None else [row.nonzero().squeeze(1) for row in self._usage]
+
+    def part(self, cluster: Clustered, total: ExactSum) -> tuple[int, Tensor] | None:
+        """Where a clustered tensor counts: its axis of length C, and the adaptors in use. None: everywhere."""
+        if cluster.adaptor is not None or len(self._numbers[cluster.slot]) == total.shape[cluster.axis]:
+            return None
+        return cluster.axis, self._numbers[cluster.slot]
 
 
 def keep_unused(

@@ -144,9 +144,12 @@ class Examples:
             ValueError: The default collator cannot stack the examples.
         """
         if self._arrays is not None:
-            if self._columns is None:
-                self._columns = as_columns([self._arrays], self.device)
-            batch = select_rows(self._columns, rows.to(self.device))
+            if self.device.type == "cpu":
+                chosen = rows.numpy()
+                batch = {name: torch.from_numpy(values.take(chosen, axis=0)) for name, values in self._arrays.items()}
+            else:
+                self._columns = self._columns or as_columns([self._arrays], self.device)
+                batch = select_rows(self._columns, rows.to(self.device))
             return batch if self._transform is None else self._transform.tensors(batch)
         batch = self._collator(self._dataset.__getitems__(rows.tolist()))
         if not hasattr(batch, "items"):
@@ -203,7 +206,8 @@ def _as_arrays(dataset: Dataset, resident: int) -> dict[str, np.ndarray] | None:
     for name in table.column_names:
         if pa.types.is_string(table[name].type) or pa.types.is_large_string(table[name].type):
             continue
-        values = _as_array(table[name].combine_chunks())
+        column = table[name]
+        values = _as_array(column.chunk(0) if column.num_chunks == 1 else column.combine_chunks())  # the latter copies
         if values is None:
             return None
         columns["labels" if name in ("label", "label_ids") else name] = values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 _WIDTH = 8
 #: Smaller terms count as this class's: its grid must stay a normal float64.
 _LOWEST = -110
+#: Terms of up to so many elements wait until there are so many of them: added together they cost a fifth.
+_SMALL = 2**13
+_TOGETHER = 32
 
 
 class ExactSum:
@@ -26,6 +29,9 @@ class ExactSum:
     Args:
         like: A tensor of the shape and on the device of the terms. Devices without float64 sum on the CPU.
         terms: Most terms that may be added, over all processes.
+
+    Attributes:
+        waits: Whether terms are so small that several wait and are added together.
     """
 
     def __init__(self, like: Tensor, terms: int) -> None:
@@ -33,6 +39,8 @@ class ExactSum:
         self.device = torch.device("cpu") if like.device.type == "mps" else like.device
         self._headroom = max(1, terms.bit_length())
         self._sums: dict[int, Tensor] = {}  # class → the sum of its terms, multiples of its grid
+        self.waits = like.numel() <= _SMALL
+        self._waiting: list[tuple[int, Tensor, Tensor | int]] = []
 
     def add(
         self,
@@ -45,8 +53,8 @@ class ExactSum:
         """Add weight · value.
 
         Args:
-            value: The tensor; all finite.
-            weight: An int, or a float64 tensor of as many dimensions that broadcasts against the value.
+            value: The tensor; all finite. It must stay as it is.
+            weight: An int, or a float64 tensor that broadcasts against the value (of as many dimensions, with `part`).
             bound: At least the largest magnitude in weight · value; it must follow from this term alone. Finite.
             scratch: Memory for the product: float64, 1-D, at least as many elements as the value.
             part: An axis and the indices along it, int64, outside which weight · value is 0: only there it is added.
@@ -56,16 +64,15 @@ class ExactSum:
             return
         order = math.frexp(bound)[1]  # bound < 2^order
         chosen = max(_LOWEST, -(-order // _WIDTH))
-        if chosen not in self._sums:
-            self._sums[chosen] = self._zeros()
-        # All terms are below 2^(8·class), so all sums of them are multiples of the grid below 2^53 times it.
-        grid = math.ldexp(1.0, _WIDTH * chosen + self._headroom - 52)
-        # Adding 1.5·2^52 grids rounds to the grid, whatever the sum holds; taking them away is exact.
-        rounder = 1.5 * 2.0**52 * grid
+        if self.waits:
+            self._waiting.append((chosen, value, weight))
+            if len(self._waiting) == _TOGETHER:
+                self._add_waiting()
+            return
+        total, rounder = self._sum(chosen), self._rounder(chosen)
         if part is not None:
             value = value.index_select(part[0], part[1].to(value.device))
             weight = weight.index_select(part[0], part[1].to(weight.device)) if isinstance(weight, Tensor) else weight
-        total = self._sums[chosen]
         product = total.new_empty(value.shape) if scratch is None else scratch[: value.numel()].view(value.shape)
         product.copy_(value).mul_(weight).add_(rounder).sub_(rounder)
         if part is None:
@@ -75,12 +82,14 @@ class ExactSum:
 
     def classes(self) -> list[int]:
         """The classes of magnitude that hold something here."""
+        self._add_waiting()
         return sorted(self._sums)
 
     def parts(self, classes: list[int]) -> Iterator[Tensor]:
         """The accumulators of some classes, to be summed over processes in place: exact, like all the rest."""
+        self._add_waiting()
         for chosen in classes:
-            yield self._sums.setdefault(chosen, self._zeros())
+            yield self._sum(chosen)
 
     def result(self) -> Tensor:
         """The sum, float64."""
@@ -89,5 +98,40 @@ class ExactSum:
             total += self._sums[chosen]
         return total
 
+    def _sum(self, chosen: int) -> Tensor:
+        """The accumulator of a class."""
+        if chosen not in self._sums:
+            self._sums[chosen] = self._zeros()
+        return self._sums[chosen]
+
+    def _rounder(self, chosen: int) -> float:
+        """What is added to the terms of a class, and taken away again, so that they are on its grid.
+
+        All terms are below 2^(8·class), so all sums of them are multiples of the grid below 2^53 times it. Adding
+        1.5·2^52 grids rounds to the grid, whatever the sum holds; taking them away is exact.
+        """
+        return 1.5 * 2.0**52 * math.ldexp(1.0, _WIDTH * chosen + self._headroom - 52)
+
+    def _add_waiting(self) -> None:
+        """Add the terms that wait, class by class: once they are on the grid, their sum has the same bits anyhow."""
+        waiting, self._waiting = self._waiting, []
+        for chosen in {chosen for chosen, _, _ in waiting}:
+            total, rounder = self._sum(chosen), self._rounder(chosen)
+            terms = [(value, weight) for own, value, weight in waiting if own == chosen]
+            products = torch.stack([value for value, _ in terms]).to(total.device, torch.float64)
+            products.mul_(_stacked([weight for _, weight in terms], products)).add_(rounder).sub_(rounder)
+            total.add_(products.sum(dim=0))
+
     def _zeros(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+
+
+def _stacked(weights: Sequence[Tensor | int], like: Tensor) -> Tensor:
+    """Weights of several terms, to be multiplied with them, (terms, ...)."""
+    given = [weight for weight in weights if isinstance(weight, Tensor)]
+    if len(given) < len(weights):
+        found = torch.tensor(weights, dtype=torch.float64)
+    else:
+        found = torch.stack(given)
+    first, *others = found.shape
+    return found.to(like).view(first, *[1] * (like.dim() - found.dim()), *others)

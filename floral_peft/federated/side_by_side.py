@@ -265,7 +265,8 @@ class SideBySide:
         state: ServerState,
     ) -> dict[int, Outcome]:
         usages = self._usages(lanes, stacked, used)
-        deltas = {name: _moved(name, stacked.tensors[name], old, used) for name, old in state.tensors.items()}
+        moved = {name: _moved(name, stacked.tensors[name], old, used) for name, old in state.tensors.items()}
+        deltas = {name: delta.unbind() for name, delta in moved.items()}
         private = {
             # A router of which only a part was there has not trained.
             name: [own[name] for own in privates] if used and name in used.axes else stacked.tensors[name]
@@ -306,12 +307,11 @@ def _fitting(private: Tensor, held: Tensor) -> Tensor:
     return private.to(held)
 
 
-def _moved(name: str, new: Tensor, old: Tensor, used: UsedSlices | None) -> Tensor | list[Tensor]:
-    """By how much each client has moved a tensor of the server's."""
+def _moved(name: str, new: Tensor, old: Tensor, used: UsedSlices | None) -> Tensor:
+    """By how much each client has moved a tensor of the server's, (clients, ...)."""
     if used is None or name not in used.axes:
         return _difference(new, old)
-    of_each = [_difference(part, used.for_client(name, old, row)) for row, part in enumerate(new)]
-    return [used.scattered(name, delta, row, old) for row, delta in enumerate(of_each)]
+    return used.scattered(name, _difference(new, used.for_each(name, old)), old)
 
 
 def _difference(new: Tensor, old: Tensor) -> Tensor:

@@ -139,10 +139,14 @@ class UsedSlices:
         """One client's slices of a tensor."""
         return tensor.index_select(self.axes[name], self.numbers[client].to(tensor.device))
 
-    def scattered(self, name: str, slices: Tensor, client: int, like: Tensor) -> Tensor:
-        """One client's slices in a tensor with the shape of `like`, which is 0 elsewhere."""
-        numbers = self.numbers[client].to(slices.device)
-        return slices.new_zeros(like.shape).index_copy_(self.axes[name], numbers, slices)
+    def scattered(self, name: str, slices: Tensor, like: Tensor) -> Tensor:
+        """Every client's slices, (clients, ...), in tensors with the shape of `like`, which are 0 elsewhere."""
+        axis, clients = self.axes[name] % like.dim(), len(self.numbers)
+        whole = slices.new_zeros(clients, *like.shape)
+        numbers = self.numbers.to(slices.device)
+        rows = torch.arange(clients, device=slices.device).unsqueeze(1)
+        whole.movedim(axis + 1, 1)[rows, numbers] = slices.movedim(axis + 1, 1)
+        return whole
 
 
 @contextmanager

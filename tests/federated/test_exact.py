@@ -10,10 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from floral_peft.federated import exact
 from floral_peft.federated.exact import ExactSum
 
 
 Terms = list[tuple[Tensor, int]]
+
+
+@pytest.fixture(autouse=True, params=["at once", "two by two", "together"])
+def _waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small terms wait for others; large ones do not. The sums are the same."""
+    if request.param == "at once":
+        monkeypatch.setattr(exact, "_SMALL", -1)
+    elif request.param == "two by two":
+        monkeypatch.setattr(exact, "_TOGETHER", 2)
 
 
 def total(terms: Terms, capacity: int | None = None) -> ExactSum:

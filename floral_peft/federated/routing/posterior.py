@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,42 @@ from floral_peft.tuner.router import RouterSettings
 
 #: In what the server remembers: after which round the search ended.
 _SEARCHED = "searched"
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """What a client does at a visit.
+
+    Args:
+        held_out: The rows of the examples that it does not train on for now.
+        others: Those of the others.
+        examined: The rows at which it looks, in parts; the last one is of the others.
+        chooses: Whether the router with which it comes prefers any adaptor.
+        looks: Whether it looks at all.
+    """
+
+    held_out: Tensor
+    others: Tensor
+    examined: list[Tensor]
+    chooses: bool
+    looks: bool
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What the server's memory says to all clients of a round.
+
+    Args:
+        memory: The server's memory.
+        number: The rounds done.
+        optimism: See [`_optimism`].
+        handicaps: See [`balance`], (C,).
+    """
+
+    memory: Mapping[str, Tensor]
+    number: int
+    optimism: float
+    handicaps: Tensor
 
 
 @register_router_update
@@ -60,6 +97,11 @@ class Posterior(RouterUpdate):
     """
 
     name = "posterior"
+
+    def __init__(self, args: FederatedArguments, sampled: float = 1.0) -> None:
+        super().__init__(args, sampled)
+        self._visits: WeakKeyDictionary[Turn, _Visit] = WeakKeyDictionary()
+        self._round: _Round | None = None
 
     def settle(self, args: FederatedArguments, memory: Mapping[str, Tensor], round: int) -> FederatedArguments:
         """While clients search, labels are discounted and no gradient is long; by SGD, adaptors learn fast.
@@ -106,8 +148,8 @@ class Posterior(RouterUpdate):
 
     def examined(self, turn: Turn) -> list[Tensor]:
         """Those it does not train on for now, if there are any, and some of the others; none if it does not look."""
-        rows = self._examined(*self._split(turn), turn)
-        return rows if self._looks(rows, turn) else []
+        visit = self._visit(turn)
+        return visit.examined if visit.looks else []
 
     def sums(self, num_adaptors: int) -> Mapping[str, torch.Size]:
         """Usage (C,); losses (C, C), of the users of a under b, and squared differences; three numbers (1,)."""
@@ -239,20 +281,19 @@ class Posterior(RouterUpdate):
         if not turn.num_examples:
             return Arrived(turn.private)
         routers, done = turn.routers, turn.round * self._pace  # in participations
-        held_out, others = self._split(turn)
-        examined = self._examined(held_out, others, turn)
+        visit = self._visit(turn)
+        held_out, others, chosen = visit.held_out, visit.others, visit.chooses
         trains_on = turn.examples.select(others) if len(held_out) else turn.examples
         before = turn.private[routers.name]  # (1, L, C)
-        if not self._looks(examined, turn):
+        if not visit.looks:
             nothing = {**self.start(before.shape[-1]), "visits": torch.ones(1, dtype=torch.float64)}
             return Arrived(turn.with_logits(self._working(before, turn)), {routers.name: before}, nothing, trains_on)
-        *unseen, losses = turn.pure_losses_of(examined)
+        *unseen, losses = turn.pure_losses_of(visit.examined)
         seen = as_log_likelihoods(turn.finite(losses), turn)
         unseen = [one for one in unseen if bool(one.isfinite().all())]  # none of them may have a label
-        chosen = _chooses(before)
         losses = seen
         if chosen and len(held_out):
-            losses = seen + _optimism(turn.memory) * routers.mixture_of(before)
+            losses = seen + self._of_round(turn).optimism * routers.mixture_of(before)
         if turn.training and not chosen and done < schedule.BALANCED:
             before = self._given(before, turn.lot % before.shape[-1], turn)
         most = self._counts(turn)
@@ -291,19 +332,37 @@ class Posterior(RouterUpdate):
 
     def _working(self, kept: Tensor, turn: Turn) -> Tensor:
         """The router under which a client trains, of the one that it keeps."""
-        left = max(0.0, 1.0 - turn.round * self._pace / schedule.BALANCED)
-        working = turn.routers.less(kept, balance(turn.memory["usage"], schedule.BALANCE * left))
+        working = turn.routers.less(kept, self._of_round(turn).handicaps)
         if self._by_sgd:  # by others' steps traces train those adaptors that nobody else does
             working = turn.routers.without_traces(working, schedule.LEAST_SHARE)
         return working
 
+    def _of_round(self, turn: Turn) -> _Round:
+        """What the server's memory says to all clients of a round."""
+        if self._round is None or self._round.memory is not turn.memory or self._round.number != turn.round:
+            left = max(0.0, 1.0 - turn.round * self._pace / schedule.BALANCED)
+            handicaps = balance(turn.memory["usage"], schedule.BALANCE * left)
+            self._round = _Round(turn.memory, turn.round, _optimism(turn.memory), handicaps)
+        return self._round
+
+    def _visit(self, turn: Turn) -> _Visit:
+        """What a client does at a visit; worked out once, as it is asked for when clients look together, too."""
+        found = self._visits.get(turn)
+        if found is None:
+            held_out, others = self._split(turn)
+            examined = self._examined(held_out, others, turn)
+            chooses = _chooses(turn.private[turn.routers.name])
+            looks = not chooses or self._looks(examined, turn)
+            found = self._visits[turn] = _Visit(held_out, others, examined, chooses, looks)
+        return found
+
     def _looks(self, examined: Sequence[Tensor], turn: Turn) -> bool:
-        """Whether a client looks for its adaptor at this visit, or keeps the one that it has found."""
-        before = turn.private[turn.routers.name]
+        """Whether a client that prefers an adaptor looks for the best at this visit, or keeps what it has found."""
         seldom = self.sampled * self.args.rounds < schedule.WHOLE
-        if seldom or not turn.training or not _chooses(before) or not self._by_sgd:
+        if seldom or not turn.training or not self._by_sgd:
             return True
-        if sum(map(len, examined)) * before.shape[-1] <= self._trained(turn.num_examples):
+        adaptors = turn.private[turn.routers.name].shape[-1]
+        if sum(map(len, examined)) * adaptors <= self._trained(turn.num_examples):
             return True
         return (turn.round + derive_seed(self.args.seed, "looks", turn.client_id)) % schedule.LOOKED_EVERY == 0
 

@@ -24,11 +24,12 @@ SUMS = {
     "gaps": torch.Size([len(TEMPERATURES), len(TEMPERATURES)]),
     "compared": torch.Size([1]),
 }
+_NOTHING = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SUMS.items()}
 
 
 def nothing() -> dict[str, Tensor]:
     """What a client says that has not compared."""
-    return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SUMS.items()}
+    return dict(_NOTHING)
 
 
 def compared(own: Tensor | None, mean: Tensor | None) -> dict[str, Tensor]:
