@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from floral_peft.federated.stacked_gradients import FactorChange, change_stacked
 from floral_peft.federated.stacked_model import Stack, StackedModel
 from floral_peft.federated.stacked_optimizer import StackedOptimizer, unserved
 from floral_peft.federated.used_adaptors import AdaptorAxes, UsedSlices, grouped_by_use
+from floral_peft.federated.used_members import Members
 from floral_peft.federated.workplace import Workplace
 from floral_peft.tuner import base_weights, clip_steps, factor_pairs, precondition_gradients
 
@@ -44,6 +46,20 @@ RESIDENT_BYTES = 2**30
 
 #: A client that trains in a chunk, and its private tensors.
 Entered = tuple[Lane, PrivateState]
+
+
+class Group(NamedTuple):
+    """Clients that train as one batched computation.
+
+    Args:
+        entered: The clients.
+        used: The slices of adaptors that each of them uses; None: all.
+        member: The member of an ensemble that they use alone; None: there is none, or they use several.
+    """
+
+    entered: Sequence[Entered]
+    used: UsedSlices | None = None
+    member: int | None = None
 
 
 class SideBySide:
@@ -79,6 +95,7 @@ class SideBySide:
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(model).values())
         self._axes = AdaptorAxes(place)
+        self._members = Members(place)
         if place.args.fp16:
             raise ValueError("fp16=True scales the loss, client by client: use bf16=True")
         reason = unserved(place.args.build_optimizer([{"params": [torch.zeros(1)]}]))
@@ -87,6 +104,9 @@ class SideBySide:
         saved = model.state_dict(keep_vars=True).keys()
         buffers = [name for name, _ in model.named_buffers() if name in saved or name in groups.private]
         self._names = list(dict.fromkeys([*groups.public, *groups.private, *buffers]))
+        self._routers = [
+            name for name in groups.private if name in groups.roles and groups.roles[name].kind == "router"
+        ]
         held = tensors_of(model)
         size = sum(held[name].numel() * held[name].element_size() for name in self._names)
         # Beside the tensors: gradients, what the server had, and up to two memories of the optimiser.
@@ -126,27 +146,29 @@ class SideBySide:
         self._visitor.load({}, state)  # loading may have used the model
         trainable = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         found: dict[int, Outcome] = {}
-        for group, used in self._by_use(entered, trainable):
+        for group in self._by_use(entered, trainable):
             try:
-                found |= self._train_group(group, used, client_ids, trainable, held, state)
+                with self._members.alone(group.member):
+                    found |= self._train_group(group, client_ids, trainable, held, state)
             except Exception as error:  # what the other groups made stands
-                self._note(error, len(group))
+                self._note(error, len(group.entered))
         return found
 
     def _train_group(
         self,
-        group: Sequence[Entered],
-        used: UsedSlices | None,
+        group: Group,
         client_ids: Sequence[ClientId],
         trainable: Sequence[str],
         held: Mapping[str, Tensor],
         state: ServerState,
     ) -> dict[int, Outcome]:
-        """The same of clients that use as many adaptors."""
-        lanes, privates = [lane for lane, _ in group], [private for _, private in group]
+        """The same of one group of them."""
+        lanes, privates = [lane for lane, _ in group.entered], [private for _, private in group.entered]
+        used, others = group.used, self._members.others(group.member)
+        trainable = [name for name in trainable if name not in others]
         for row, lane in enumerate(lanes):
             lane.row = row
-        stacked = self._stack(privates, held, used)
+        stacked = self._stack(privates, {name: held[name] for name in self._names if name not in others}, used)
         self._model.train()
         for norm in self._resting:
             norm.eval()
@@ -171,31 +193,38 @@ class SideBySide:
         lane = Lane(position, examples, generators, order, constants)
         return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}
 
-    def _by_use(
-        self, entered: Sequence[Entered], trainable: Sequence[str]
-    ) -> Iterator[tuple[Sequence[Entered], UsedSlices | None]]:
-        """Groups of clients, and what each of them uses of the adaptors; None where that is the whole of them.
+    def _by_use(self, entered: Sequence[Entered], trainable: Sequence[str]) -> Iterator[Group]:
+        """Groups of clients by what they use of the adaptors, or of an ensemble's members.
 
         On a GPU, where the number of operations counts, they are one group.
         """
-        axes = self._axes.among(trainable)
-        if not axes:
-            yield entered, None
+        axes, on_cpu = self._axes.among(trainable), self._accelerator.device.type == "cpu"
+        several = on_cpu and self._members.among(trainable)
+        if not axes and not several:
+            yield Group(entered)
             return
-        private = [private for _, private in entered]
-        routers = {name: torch.stack([own[name] for own in private]) for name in axes if name in private[0]}
+        routers = {name: torch.stack([private[name] for _, private in entered]) for name in self._routers}
         mixtures = StackedModel(self._model, self._forward, self._accelerator, routers).mixtures()
-        on_cpu = self._accelerator.device.type == "cpu"
+        if several:
+            for rows, member in self._members.grouped(mixtures):
+                yield Group([entered[row] for row in rows], member=member)
+            return
         for rows in grouped_by_use(mixtures) if on_cpu else [list(range(len(entered)))]:
-            yield [entered[row] for row in rows], UsedSlices.of(axes, mixtures[rows])
+            yield Group([entered[row] for row in rows], UsedSlices.of(axes, mixtures[rows]))
 
     def _stack(
         self, privates: Sequence[PrivateState], held: Mapping[str, Tensor], used: UsedSlices | None
     ) -> StackedModel:
-        """What the model holds, for every client, but with each client's private tensors, and what it uses."""
+        """What the model holds, for every client, but with each client's private tensors, and what it uses.
+
+        Args:
+            privates: Each client's private tensors.
+            held: What the model holds of all that clients need.
+            used: The slices that they use.
+        """
         count, own = len(privates), privates[0].keys()
         tensors: Stack = {}
-        for name in self._names:
+        for name in held:
             sliced = used is not None and name in used.axes
             if name in own:
                 rows = [private[name] for private in privates]
@@ -265,8 +294,12 @@ class SideBySide:
         state: ServerState,
     ) -> dict[int, Outcome]:
         usages = self._usages(lanes, stacked, used)
-        moved = {name: _moved(name, stacked.tensors[name], old, used) for name, old in state.tensors.items()}
-        deltas = {name: delta.unbind() for name, delta in moved.items()}
+        deltas: dict[str, Sequence[Tensor]] = {}
+        for name, old in state.tensors.items():
+            if name in stacked.tensors:
+                deltas[name] = _moved(name, stacked.tensors[name], old, used).unbind()
+            else:  # what they do not use
+                deltas[name] = [torch.zeros_like(old)] * len(lanes)
         private = {
             # A router of which only a part was there has not trained.
             name: [own[name] for own in privates] if used and name in used.axes else stacked.tensors[name]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ class Ensemble(Clients, nn.Module):
         self.floral_router.add_adapter("default", RouterSettings.of(config), 1, first.device, torch.float32)
         self.floral_router.set_active(self.active_adapters)
         self.floral_router.set_requires_grad(self.active_adapters, True)
+        self._alone: int | None = None
         self.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.register_forward_hook(self._after_forward, always_call=True)
 
@@ -52,10 +54,24 @@ class Ensemble(Clients, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
         """The mixture of the members' outputs: a tensor, or `{"logits": ...}` where they return mappings."""
         mixture = self.router.mixture("default", 0)  # (1 or examples, C)
-        outputs = {adaptor: self.members[adaptor](*args, **kwargs) for adaptor in _used(mixture)}
+        used = _used(mixture) if self._alone is None else [self._alone]
+        outputs = {adaptor: self.members[adaptor](*args, **kwargs) for adaptor in used}
         if all(isinstance(output, Mapping) for output in outputs.values()):
             return {"logits": mixed({c: output["logits"] for c, output in outputs.items()}, mixture)}
         return mixed(outputs, mixture)
+
+    @contextmanager
+    def alone(self, member: int) -> Iterator[None]:
+        """Within, no other member is run: none of them may have a weight, which torch.func hides.
+
+        Args:
+            member: Its number.
+        """
+        self._alone = member
+        try:
+            yield
+        finally:
+            self._alone = None
 
 
 def mixed(outputs: Mapping[int, Tensor], mixture: Tensor) -> Tensor:
