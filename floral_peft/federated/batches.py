@@ -18,6 +18,7 @@ from transformers import default_data_collator
 
 from floral_peft.federated.dataset import LABEL_COLUMNS
 from floral_peft.federated.label_prior import labels_of
+from floral_peft.federated.readings import Readings
 from floral_peft.federated.transforms import BatchTransform
 from floral_peft.federated.views import Viewed
 
@@ -46,6 +47,7 @@ class Examples:
         collator: Makes a batch (a dictionary) from a list of examples.
         device: Where the batches go.
         resident: Splits up to this many bytes are held in memory as a whole.
+        readings: Where their arrays may be at hand, and are kept.
 
     Attributes:
         device: Where the batches go.
@@ -57,7 +59,12 @@ class Examples:
     """
 
     def __init__(
-        self, dataset: Dataset, collator: Collator, device: torch.device, resident: int = RESIDENT_BYTES
+        self,
+        dataset: Dataset,
+        collator: Collator,
+        device: torch.device,
+        resident: int = RESIDENT_BYTES,
+        readings: Readings | None = None,
     ) -> None:
         self._dataset = dataset
         self._collator = collator
@@ -68,9 +75,13 @@ class Examples:
         transform = form["format_kwargs"].get("transform")
         self._transform = transform if isinstance(transform, BatchTransform) else None
         if collator is default_data_collator and (form["type"] in (None, "torch") or self._transform is not None):
-            _check_labels(dataset)
             self._collator = _stack
-            self._arrays = _as_arrays(dataset, resident)
+            self._arrays = None if readings is None else readings.get(dataset, resident)
+            if self._arrays is None:
+                _check_labels(dataset)
+                self._arrays = _as_arrays(dataset, resident)
+                if readings is not None and self._arrays is not None:
+                    readings.keep(dataset, self._arrays)
             if self._arrays is None and self._transform is None:
                 self._dataset = dataset.with_format("torch", columns=form["columns"])
         self.arrays = self._arrays if self._transform is None else None
@@ -83,13 +94,6 @@ class Examples:
 
     def __len__(self) -> int:
         return self._length
-
-    @classmethod
-    def of(
-        cls, data: Dataset | Examples, collator: Collator, device: torch.device, resident: int = RESIDENT_BYTES
-    ) -> Examples:
-        """A split's examples, which may have been read already."""
-        return data if isinstance(data, Examples) else cls(data, collator, device, resident)
 
     def select(self, rows: Tensor) -> Examples:
         """Some of the examples.

@@ -41,7 +41,6 @@ class LocalTraining:
         self._groups = place.groups
         self._place = place
         self._accelerator = place.accelerator
-        self._collator = place.collator
         self._norms = [module for module in place.model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(place.model).values())
         self._axes = AdaptorAxes(place)
@@ -75,7 +74,7 @@ class LocalTraining:
         self._model.train()
         for norm in self._resting:
             norm.eval()
-        examples = Examples.of(dataset, self._collator, self._accelerator.device)
+        examples = self._place.examples(dataset)
         constants = self._forward.constants(examples) if self._place.args.label_prior else {}
         parameters = dict(self._model.named_parameters())
         trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]

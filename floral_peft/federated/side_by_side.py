@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from floral_peft.federated.aggregation import ClientUpdate, UpdateError
-from floral_peft.federated.batches import Examples
 from floral_peft.federated.client import LocalTraining
 from floral_peft.federated.cohort import Load, attempt
 from floral_peft.federated.draws import ClientGenerators
@@ -90,7 +89,6 @@ class SideBySide:
         self._groups = groups = place.groups
         self._place = place
         self._accelerator = accelerator = place.accelerator
-        self._collator = place.collator
         self.failure: str | None = None
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._resting = list(resting_norms(model).values())
@@ -188,7 +186,7 @@ class SideBySide:
         generators = ClientGenerators(derive_seed(self._place.args.seed, "train", round, client_id), device)
         order = torch.Generator().manual_seed(derive_seed(self._place.args.seed, "shuffle", round, client_id))
         resident = RESIDENT_BYTES // self._chunk_clients
-        examples = Examples.of(dataset, self._collator, device, resident)
+        examples = self._place.examples(dataset, resident)
         constants = self._forward.constants(examples) if self._place.args.label_prior else {}
         lane = Lane(position, examples, generators, order, constants)
         return lane, {name: _fitting(private[name], held[name]) for name in self._groups.private}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -64,6 +66,10 @@ class Given:
         return len(self._clients[position].get(split, ()))
 
 
+#: The views of so many clients are kept: to make them takes longer than a step of a small model.
+VIEWS = 1024
+
+
 class Dealt:
     """Clients who have rows of one dataset, or of one per split.
 
@@ -79,9 +85,19 @@ class Dealt:
         self._ids = ids
         self._splits = {name: (Viewed(dataset), assignment) for name, (dataset, assignment) in splits.items()}
         self._held = held
+        self._views: OrderedDict[int, DatasetDict] = OrderedDict()
 
     def load(self, position: int) -> DatasetDict:
         """A client's splits, as views."""
+        if position not in self._views:
+            self._views[position] = self._load(position)
+            if len(self._views) > VIEWS:
+                self._views.popitem(last=False)
+        self._views.move_to_end(position)
+        # Formats are set in place: the views that are kept are for nobody else.
+        return DatasetDict({name: copy.copy(view) for name, view in self._views[position].items()})
+
+    def _load(self, position: int) -> DatasetDict:
         found = DatasetDict()
         for name, (dataset, assignment) in self._splits.items():
             rows = assignment.rows(position)

@@ -226,7 +226,7 @@ class Turn:
     @cached_property
     def examples(self) -> Examples:
         """The client's training examples, ready to be cut into batches."""
-        return Examples(self.dataset, self._place.collator, self._place.accelerator.device, self._resident)
+        return self._place.examples(self.dataset, self._resident)
 
     def hold(self, resident: int) -> None:
         """Training examples of up to this many bytes are held in memory as a whole from now on."""
