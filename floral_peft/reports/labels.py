@@ -21,7 +21,7 @@ _METHODS = {
     "floral": "FLoRAL",
 }
 _WORDS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mlp": "MLP", "bn": "batch norm"}
-_SYMBOLS = {"num_adaptors": "C", "r": "r", "precondition_epsilon": "ε"}
+_SYMBOLS = {"num_adaptors": "C", "r": "r", "precondition_epsilon": "ε", "init_bias": "β₀"}
 _SWITCHES = {
     "optimal_routing": "π*",
     "optimal_routing=true": "π*",

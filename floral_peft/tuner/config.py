@@ -90,6 +90,10 @@ class FloralConfig(PeftConfig):
         init_std (`float`):
             Above 0, the factor that else starts at zero is normal with this standard deviation: pure models that
             differ give the router something to choose from.
+        init_bias (`float`):
+            Above 0, adaptors' biases start uniform in ± this / √r (a convolution: r times the second factor's kernel)
+            rather than at zero. 1 is what the authors' code does: with little rank each adaptor has its own hidden
+            units from the start.
     """
 
     num_adaptors: int = field(default=4, metadata={"help": "C, the number of adaptors that clients mix."})
@@ -146,6 +150,9 @@ class FloralConfig(PeftConfig):
     init_std: float = field(
         default=0.0, metadata={"help": "Standard deviation of the factor that else starts at zero."}
     )
+    init_bias: float = field(
+        default=0.0, metadata={"help": "Adaptors' biases start uniform in ± this / √r; 1: as in the authors' code."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,7 +170,7 @@ class FloralConfig(PeftConfig):
         self._require("budget", lambda v: v is None or (_is_number(v) and 0 < v <= 1), "None or a number in (0, 1]")
         self._require("alpha", _is_number, "a finite number")
         self._require("router_temperature", lambda v: _is_number(v) and v > 0, "a number above 0")
-        for name in ("router_noise", "init_std"):
+        for name in ("router_noise", "init_std", "init_bias"):
             self._require(name, lambda v: _is_number(v) and v >= 0, "a number of at least 0")
         self._require(
             "adapt_norms", lambda v: isinstance(v, bool) or v == REPARAMETRIZED, f"True, False or {REPARAMETRIZED!r}"

@@ -66,12 +66,16 @@ def kernel_split(split: str, channels_in: int, channels_out: int, kernel: Sequen
     return axes(min(proper, key=lambda chosen: (cost(chosen), [-axis for axis in chosen])))
 
 
-def init_factors(a: Tensor, b: Tensor, bias: Tensor | None, *, fan_in: int, identity: bool, std: float) -> None:
+def init_factors(
+    a: Tensor, b: Tensor, bias: Tensor | None, *, fan_in: int, identity: bool, std: float, spread: float = 0.0
+) -> None:
     """Draw an adaptor's factors in place.
 
     One factor is uniform in ±√(6 / fan_in), the other is zero, so that the adaptor starts as the identity
     (FLoRAL's default). With `std` > 0 the other factor is normal with that standard deviation instead; without
-    `identity` it is uniform too, and the bias is normal: a start for tests and for breaking symmetry.
+    `identity` it is uniform too, and the bias is normal: a start for tests and for breaking symmetry. With
+    `spread` > 0 biases are uniform in ± spread / √n, n the numbers that one element of `b`'s output sees: at 1 that is
+    how PyTorch starts the bias of a layer with the weight `b`, which is where the authors' code leaves it.
 
     Args:
         a: first factor: what multiplies the input.
@@ -80,6 +84,7 @@ def init_factors(a: Tensor, b: Tensor, bias: Tensor | None, *, fan_in: int, iden
         fan_in: number of inputs that one element of `a`'s output sees.
         identity: `FloralConfig.init_weights`.
         std: `FloralConfig.init_std`.
+        spread: `FloralConfig.init_bias`.
     """
     _uniform(a, fan_in)
     if std > 0:
@@ -89,7 +94,10 @@ def init_factors(a: Tensor, b: Tensor, bias: Tensor | None, *, fan_in: int, iden
     else:
         _uniform(b, b[0].numel())
     if bias is not None:
-        if identity or std > 0:
+        if spread > 0:
+            bound = spread / sqrt(b[0, 0].numel())
+            nn.init.uniform_(bias, -bound, bound)
+        elif identity or std > 0:
             nn.init.zeros_(bias)
         else:
             nn.init.normal_(bias, std=0.1)

@@ -53,6 +53,7 @@ BAD = [
     ("compute", "fast"),
     ("init_weights", "gaussian"),
     ("init_std", -1.0),
+    ("init_bias", -1.0),
 ]
 
 

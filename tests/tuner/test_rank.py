@@ -92,6 +92,19 @@ def test_a_start_is_uniform_and_zero() -> None:
     assert 0.099 < float(a.max()) <= 0.1 and -0.1 <= float(a.min()) < -0.099  # √(6/600) = 0.1
 
 
+@pytest.mark.parametrize(("layer", "bound"), [(nn.Linear(6, 600), 1 / 2), (nn.Conv2d(6, 600, 3), 1 / (4 * 3) ** 0.5)])
+def test_init_bias_starts_biases_as_torch_does_those_of_the_second_factor_s_layer(
+    layer: nn.Module, bound: float
+) -> None:
+    torch.manual_seed(0)
+    config = FloralConfig(target_modules=["0"], r=4, shared_r=2, init_bias=2.0)
+    adapted = get_peft_model(nn.Sequential(layer), config).base_model.model[0]
+    bias = adapted.floral_bias["default"]
+    assert bias.shape == (4, 600) and 1.98 * bound < float(bias.detach().abs().max()) <= 2 * bound
+    assert float((bias[0] - bias[1]).detach().abs().mean()) > 0.5 * bound  # each adaptor has its own
+    assert not adapted.floral_B["default"].any() and not adapted.floral_shared_bias["default"].any()
+
+
 def test_rank_and_alpha_patterns_override() -> None:
     config = FloralConfig(target_modules=["1", "3"], budget=0.1, rank_pattern={"3": 5}, alpha_pattern={"1": 3.0})
     model = get_peft_model(mnist_net(), config)

@@ -126,16 +126,16 @@ class FactoredLayer(FloralLayer):
             getattr(self, f"{prefix}_{factor}")[adapter_name] = nn.Parameter(torch.empty(shape))
 
     def _reset(self, adapter_name: str, config: FloralConfig, geometry: Geometry) -> None:
-        """Draw the factors. `init_std` is for the adaptors that are to differ, not for the shared one."""
+        """Draw the factors. `init_std` and `init_bias` are for adaptors that are to differ, not for the shared one."""
         factors = self.factors(adapter_name)
-        pairs = [(factors.a, factors.b, factors.bias, config.init_std)]
+        pairs = [(factors.a, factors.b, factors.bias, config.init_std, config.init_bias)]
         if factors.shared_a is not None and factors.shared_b is not None:
-            pairs.append((factors.shared_a, factors.shared_b, factors.shared_bias, 0.0))
-        for a, b, bias, std in pairs:
+            pairs.append((factors.shared_a, factors.shared_b, factors.shared_bias, 0.0, 0.0))
+        for a, b, bias, std, spread in pairs:
             drawn, zero = (b, a) if geometry.table else (a, b)
             # a row of B sees one adaptor's r numbers, a row of A the layer's inputs
             fan_in = a.shape[1] if geometry.table else prod(geometry.inputs)
-            init_factors(drawn, zero, bias, fan_in=fan_in, identity=config.init_weights, std=std)
+            init_factors(drawn, zero, bias, fan_in=fan_in, identity=config.init_weights, std=std, spread=spread)
 
     def factors(self, adapter_name: str) -> Factors:
         """The adapter's adaptors."""
