@@ -15,6 +15,9 @@ Everything is at the defaults of the task and the package but for what stands be
               digits whose clusters differ in something else than the tasks': every other sees black as white, or calls
               threes eights; each but one sees about a quarter of the pixels in other places; each has another
               brightness, or leans by another multiple of 20 degrees
+    dirichlet, few-labels
+              20 clients of digits that hold other labels: each label dealt out in Dirichlet(0.1) proportions, or two
+              labels for each client; there are no clusters
 
 Prints a line per run and appends it to --json, which then holds a list: the accuracy (regression: the squared error)
 over all and by cluster, the adjusted Rand index, how many adaptors are left; and of clients that moved the accuracy
@@ -35,6 +38,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import DatasetDict
 from sklearn.datasets import load_digits
@@ -118,10 +122,22 @@ def unequal(settings: Settings, seed: int) -> FederatedDataset:
     return FederatedDataset({k: clients[k] for k in clients}, clusters={k: UNEQUAL[k % 20] for k in clients})
 
 
+#: How labels are dealt out to clients where these differ in nothing else.
+SKEWED: dict[str, dict[str, Any]] = {
+    "dirichlet": {"scheme": "dirichlet", "alpha": 0.1, "min_examples": 6},
+    "few-labels": {"scheme": "labels", "labels_per_client": 2},
+}
+
+
+def flat_digits() -> dict[str, np.ndarray]:
+    """All digits, as the task has them."""
+    digits = load_digits()
+    return {"inputs": digits.images.reshape(len(digits.target), -1).astype("float32") / 16, "labels": digits.target}
+
+
 def alike(seed: int) -> FederatedDataset:
     """Digits dealt out to clients, all of one cluster."""
-    digits = load_digits()
-    inputs, labels = digits.images.reshape(len(digits.target), -1).astype("float32") / 16, digits.target
+    inputs, labels = flat_digits().values()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     clients = {}
     for client, rows in enumerate(order.tensor_split(ALIKE)):
@@ -135,10 +151,12 @@ def clients_of(settings: Settings, case: str, seed: int) -> FederatedDataset:
     """The clients of a case; those of the task, if it is about something else."""
     if case == "unequal":
         return unequal(settings, seed)
-    if (case == "alike" or case in CHANGES) and not settings.task.name.startswith("digits"):
+    if (case == "alike" or case in CHANGES or case in SKEWED) and not settings.task.name.startswith("digits"):
         raise SystemExit(f"--case {case} is of digits: --tasks digits.")
     if case == "alike":
         return alike(seed)
+    if case in SKEWED:
+        return FederatedDataset.from_partition(as_dataset(flat_digits()), 20, test_size=0.3, seed=seed, **SKEWED[case])
     if case in CHANGES:
         clients = digits_clients(seed, CHANGES[case])
         kinds = 2 if case in ("inverted", "swapped") else 4
@@ -232,7 +250,9 @@ def main() -> None:
     parser.add_argument("--tasks", default="digits")
     parser.add_argument("--methods", default="floral,floral+optimal_routing")
     parser.add_argument("--seeds", default="42")
-    parser.add_argument("--case", default="plain", choices=("plain", "unequal", "alike", "moving", "norm", *CHANGES))
+    parser.add_argument(
+        "--case", default="plain", choices=("plain", "unequal", "alike", "moving", "norm", *CHANGES, *SKEWED)
+    )
     parser.add_argument("--data", help="folder of the tasks' datasets")
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*")
