@@ -22,8 +22,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP) ## Train FLoRAL against FedAvg on the embedded digits (about two minutes with the installation)
 	$(BIN)/floral-peft train $(ARGS)
 
-test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## Run the tests, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## Run the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)
