@@ -15,9 +15,9 @@ Everything is at the defaults of the task and the package but for what stands be
               digits whose clusters differ in something else than the tasks': every other sees black as white, or calls
               threes eights; each but one sees about a quarter of the pixels in other places; each has another
               brightness, or leans by another multiple of 20 degrees
-    dirichlet, few-labels
-              20 clients of digits that hold other labels: each label dealt out in Dirichlet(0.1) proportions, or two
-              labels for each client; there are no clusters
+    two-labels, five-labels, dirichlet-0.1, dirichlet-0.5
+              20 clients of digits that hold other labels: so many each, or each label dealt out in Dirichlet(0.1) or
+              (0.5) proportions; there are no clusters
 
 Prints a line per run and appends it to --json, which then holds a list: the accuracy (regression: the squared error)
 over all and by cluster, the adjusted Rand index, how many adaptors are left; and of clients that moved the accuracy
@@ -124,8 +124,10 @@ def unequal(settings: Settings, seed: int) -> FederatedDataset:
 
 #: How labels are dealt out to clients where these differ in nothing else.
 SKEWED: dict[str, dict[str, Any]] = {
-    "dirichlet": {"scheme": "dirichlet", "alpha": 0.1, "min_examples": 6},
-    "few-labels": {"scheme": "labels", "labels_per_client": 2},
+    "two-labels": {"scheme": "labels", "labels_per_client": 2},
+    "five-labels": {"scheme": "labels", "labels_per_client": 5},
+    "dirichlet-0.1": {"scheme": "dirichlet", "alpha": 0.1, "min_examples": 6},
+    "dirichlet-0.5": {"scheme": "dirichlet", "alpha": 0.5, "min_examples": 6},
 }
 
 
