@@ -10,6 +10,7 @@ from floral_peft.cli.report import report
 from floral_peft.cli.reproduce import reproduce
 from floral_peft.cli.tasks import tasks
 from floral_peft.cli.train import train
+from floral_peft.federated import OutputDirInUseError
 from floral_peft.nearest import did_you_mean
 
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"there is no command {command!r}{did_you_mean(command, COMMANDS)} See floral-peft --help."
             )
         COMMANDS[command](rest)
-    except UsageError as error:
+    except (UsageError, OutputDirInUseError) as error:
         print(f"floral-peft: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

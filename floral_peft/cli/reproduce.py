@@ -104,8 +104,8 @@ def reproduce(arguments: Sequence[str]) -> None:
         help="methods, each with settings of its own if need be, such as floral+budget=0.01+optimal_routing or "
         f"floral+num_adaptors=x2 (twice the task's); {' and '.join(GROUPS)} stand for the rows of the paper's tables",
     )
-    parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3], metavar="1,2,3", help="1-3 by default")
-    parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="runs/reproduce by default")
+    parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3], metavar="1,2,3", help="their numbers")
+    parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER", help="where the runs go")
     parser.add_argument("--list", action="store_true", help="tell the runs and how they stand, and train none")
     parser.add_argument(
         "--keep_checkpoints", action="store_true", help="keep the checkpoints and the clients' state of done runs, too"

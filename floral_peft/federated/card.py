@@ -100,7 +100,7 @@ def _figures(records: Sequence[Record]) -> str:
     lines = [["", *(_COLUMNS[ending] for ending in columns)], ["---", *["---:"] * len(columns)], *rows]
     told = (
         f"After round {last['round']}, on the test examples of {last['clients_evaluated']} clients, each with its own "
-        "model. Means over"
+        "model. Means over:"
     )
     return told + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

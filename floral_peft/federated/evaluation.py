@@ -118,6 +118,12 @@ def evaluate_clients(
             failed.append((client_id, failure))
             continue
         if metrics is not None:
+            if math.isnan(metrics.get("eval_loss", 0.0)):
+                logger.warning(
+                    "evaluation: client %r: its loss is not a number, and is left out of the means of eval_loss: look "
+                    "for examples that are not finite",
+                    client_id,
+                )
             found.append((client_id, metrics))
     if processes.count == 1:
         return dict(found), dict(failed)

@@ -44,7 +44,7 @@ def probe(
             failures[client_id] = error
     if len(failures) == len(some):
         first, failure = next(iter(failures.items()))
-        others = f", and so do the next {len(some) - 1} clients" if len(some) > 1 else ""
+        others = f", nor on those of the next {len(some) - 1}" if len(some) > 1 else ""
         reason = f"{type(failure).__name__}: {failure}".rstrip(".")
         raise ValueError(
             f"client {first!r}: the model cannot be run on its training examples{others}: {reason}. Nothing was "

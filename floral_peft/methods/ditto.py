@@ -62,7 +62,10 @@ class Ditto(FedAvg):
     def forward(self, model: nn.Module, loss_fn: LossFunction | None) -> Forward:
         """Both models' losses in training, the personal model's outputs."""
         if not isinstance(model, Twin):
-            raise TypeError(f'method "{self.name}" needs a Twin(model), got {type(model).__name__}.')
+            raise TypeError(
+                f'method "{self.name}" got a {type(model).__name__}; it needs a Twin of the common and the personal '
+                "model: `from floral_peft.methods import Twin`, then model = Twin(model)."
+            )
         return TwinForward(model, loss_fn)
 
 

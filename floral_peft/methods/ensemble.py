@@ -11,6 +11,13 @@ from floral_peft.federated import Clustered, Group, Method, register_method
 from floral_peft.tuner import Ensemble, FloralConfig, Role, reinitialized
 
 
+#: What the methods with several models want, in an error.
+ENSEMBLE = (
+    "an Ensemble of models of one kind: `from floral_peft.tuner import Ensemble`, then model = "
+    "Ensemble([model_1, ..., model_C]), each with initial weights of its own."
+)
+
+
 @register_method
 class EnsembleMethod(Method):
     """Ensemble, a baseline of FLoRAL (Almansoori, Horváth, Takáč, CPAL 2025, arXiv 2410.03497, table 1).
@@ -29,7 +36,7 @@ class EnsembleMethod(Method):
         """Refuse a model that is no ensemble."""
         kinds = {role.kind for name, role in roles.items() if _member(name) is None}
         if kinds != {"router"} or not any(_member(name) is not None for name in roles):
-            raise ValueError(f'method "{self.name}" needs an Ensemble(models) of models of one kind.')
+            raise ValueError(f'method "{self.name}" needs {ENSEMBLE}')
 
     def group(self, name: str, role: Role) -> Group:
         """Model c belongs to cluster c; the router is private."""

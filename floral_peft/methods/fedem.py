@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from floral_peft.federated import Arrival, Arrived, FederatedArguments, Group, Turn, register_method
 from floral_peft.federated.batches import Batch
 from floral_peft.federated.forward import Forward, LossFunction, Prediction, is_classification
-from floral_peft.methods.ensemble import EnsembleMethod
+from floral_peft.methods.ensemble import ENSEMBLE, EnsembleMethod
 from floral_peft.tuner import Ensemble, Role, mixed
 
 
@@ -35,7 +35,7 @@ class FedEM(EnsembleMethod):
     def forward(self, model: nn.Module, loss_fn: LossFunction | None) -> Forward:
         """The mixture's likelihood and predictions."""
         if not isinstance(model, Ensemble):
-            raise TypeError(f'method "{self.name}" needs an Ensemble, got {type(model).__name__}.')
+            raise TypeError(f'method "{self.name}" got a {type(model).__name__}; it needs {ENSEMBLE}')
         return MixtureForward(model, loss_fn)
 
     def arrival(self, args: FederatedArguments) -> Arrival | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import EvalPrediction, default_data_collator
 
+from floral_peft.federated import FederatedDataset
 from floral_peft.federated.evaluation import evaluate_client, summarize
 from floral_peft.federated.forward import Forward
+
+from .clients import population, trainer
 
 
 class Shown(nn.Module):
@@ -122,3 +126,18 @@ def test_a_client_without_a_number_is_left_out_of_that_metric() -> None:
     found = summarize({"a": metrics(1.0, math.nan, 5), "b": metrics(3.0, 0.5, 5)})
     assert (found["eval_loss"], found["eval_accuracy"]) == (2.0, 0.5)
     assert math.isnan(summarize({"a": metrics(1.0, math.nan)})["eval_accuracy_client_mean"])
+
+
+def test_a_test_example_that_is_not_finite_is_told_with_its_client(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = population(num_clients=3)
+    splits = {client_id: data[client_id] for client_id in data}
+    points = splits["client 1"]["test"][:]
+    points["points"][0][0] = math.nan
+    splits["client 1"]["test"] = Dataset.from_dict(points)
+    made = trainer(tmp_path, dataset=FederatedDataset(splits))
+    assert math.isfinite(made.evaluate()["eval_loss"])
+    assert math.isnan(made.client_metrics["client 1"]["eval_loss"])
+    assert [r.getMessage() for r in caplog.records if "client 'client 1': its loss is not a number" in r.getMessage()]
+    assert "client 'client 0'" not in caplog.text

@@ -17,6 +17,7 @@ from floral_peft.cli import main
 from floral_peft.cli.settings import read_settings
 from floral_peft.cli.train import build_trainer
 from floral_peft.federated import FederatedTrainer, ServerState
+from floral_peft.federated.lock import locked
 from floral_peft.federated.rounds import RoundReport
 
 
@@ -137,6 +138,15 @@ def test_a_done_baseline_without_checkpoints_is_not_given_up_unasked(
     assert main([*words, "--resume_from_checkpoint", "true"]) == 2
     assert "fedavg' holds the records or the clients' state of an earlier run" in capsys.readouterr().err
     assert (tmp_path / "fedavg/records.jsonl").read_bytes() == before
+
+
+def test_a_folder_in_which_another_process_trains_is_an_error_of_one_paragraph(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "floral"):
+        assert main(["train", *SHORT, "--output_dir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "floral-peft: error: output_dir=" in told and "is in use: process" in told and "Traceback" not in told
 
 
 def test_the_report_tells_what_training_told(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
