@@ -17,7 +17,7 @@ Everything is at the defaults of the task and the package but for what stands be
               brightness, or leans by another multiple of 20 degrees
     two-labels, five-labels, dirichlet-0.1, dirichlet-0.5
               20 clients of digits that hold other labels: so many each, or each label dealt out in Dirichlet(0.1) or
-              (0.5) proportions; there are no clusters
+              (0.5) proportions; there are no clusters, nor a Rand index
 
 Prints a line per run and appends it to --json, which then holds a list: the accuracy (regression: the squared error)
 over all and by cluster, the adjusted Rand index, how many adaptors are left; and of clients that moved the accuracy
@@ -155,6 +155,8 @@ def clients_of(settings: Settings, case: str, seed: int) -> FederatedDataset:
         return unequal(settings, seed)
     if (case == "alike" or case in CHANGES or case in SKEWED) and not settings.task.name.startswith("digits"):
         raise SystemExit(f"--case {case} is of digits: --tasks digits.")
+    if case in SKEWED and settings.federated.optimal_routing:
+        raise SystemExit(f"--case {case} has no clusters that routers could be told: --methods floral,fedavg.")
     if case == "alike":
         return alike(seed)
     if case in SKEWED:

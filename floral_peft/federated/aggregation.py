@@ -232,7 +232,7 @@ class WeightedMean:
         self._examples = 0
 
     def add(self, update: ClientUpdate) -> None:
-        """Add an update that `check_update` let pass."""
+        """Add an update that `check_update` let pass. Its tensors must stay as they are until the mean is made."""
         most = max(update.num_examples, 0.0 if update.usage is None else float(update.usage.max()))
         used = _Used(update.usage)
         for name, delta in update.deltas.items():

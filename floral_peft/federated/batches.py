@@ -79,9 +79,10 @@ class Examples:
             self._arrays = None if readings is None else readings.get(dataset, resident)
             if self._arrays is None:
                 _check_labels(dataset)
-                self._arrays = _as_arrays(dataset, resident)
+                size = _size(dataset)
+                self._arrays = _as_arrays(dataset) if len(dataset) and size <= resident else None
                 if readings is not None and self._arrays is not None:
-                    readings.keep(dataset, self._arrays)
+                    readings.keep(dataset, self._arrays, size)
             if self._arrays is None and self._transform is None:
                 self._dataset = dataset.with_format("torch", columns=form["columns"])
         self.arrays = self._arrays if self._transform is None else None
@@ -196,16 +197,19 @@ def as_columns(splits: Sequence[Mapping[str, np.ndarray]], device: torch.device)
     return {name: torch.from_numpy(values).to(device) for name, values in joined.items()}
 
 
-def _as_arrays(dataset: Dataset, resident: int) -> dict[str, np.ndarray] | None:
+def _size(dataset: Dataset) -> int:
+    """Bytes of the columns that are asked for, by the first row; 0 without rows."""
+    return _rows(dataset, 1).select(dataset.format["columns"]).nbytes * len(dataset) if len(dataset) else 0
+
+
+def _as_arrays(dataset: Dataset) -> dict[str, np.ndarray] | None:
     """All columns as `default_data_collator` would make them of all rows: text is left out, labels are renamed.
 
     Returns:
-        Name → array, or None where a column is more than numbers of one shape, or the split is too large.
+        Name → array, or None where a column is more than numbers of one shape.
     """
-    wanted = dataset.format["columns"]  # read directly: `with_format` takes longer than a small split's examples do
-    if len(dataset) == 0 or _rows(dataset, 1).select(wanted).nbytes * len(dataset) > resident:
-        return None
-    table = _rows(dataset, len(dataset)).select(wanted)
+    # Read directly: `with_format` takes longer than a small split's examples do.
+    table = _rows(dataset, len(dataset)).select(dataset.format["columns"])
     columns: dict[str, np.ndarray] = {}
     for name in table.column_names:
         if pa.types.is_string(table[name].type) or pa.types.is_large_string(table[name].type):

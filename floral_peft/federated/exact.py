@@ -54,7 +54,8 @@ class ExactSum:
 
         Args:
             value: The tensor; all finite. It must stay as it is.
-            weight: An int, or a float64 tensor that broadcasts against the value (of as many dimensions, with `part`).
+            weight: An int, or a float64 tensor that broadcasts against the value (of as many dimensions, with `part`);
+                of one shape in all terms of a sum.
             bound: At least the largest magnitude in weight · value; it must follow from this term alone. Finite.
             scratch: Memory for the product: float64, 1-D, at least as many elements as the value.
             part: An axis and the indices along it, int64, outside which weight · value is 0: only there it is added.

@@ -21,6 +21,7 @@ Arrays = dict[str, np.ndarray]
 class _Reading(NamedTuple):
     arrays: Arrays
     nbytes: int
+    size: int
     alive: tuple[weakref.ref[object], ...]
 
 
@@ -40,21 +41,29 @@ class Readings:
         self._nbytes = 0
 
     def get(self, dataset: Dataset, resident: int) -> Arrays | None:
-        """What was kept for a split, if it has no more than so many bytes; else None."""
+        """What was kept for a split, if its size is no more than so many bytes; else None."""
         key = _key(dataset)
         found = self._held.get(key)
-        if found is None or found.nbytes > resident:
+        if found is None or found.size > resident:
             return None
         self._held.move_to_end(key)
         return found.arrays
 
-    def keep(self, dataset: Dataset, arrays: Arrays) -> None:
-        """Keep a split's arrays, which nobody may write to."""
+    def keep(self, dataset: Dataset, arrays: Arrays, size: int) -> None:
+        """Keep a split's arrays, which nobody may write to, unless they alone are more than may be held.
+
+        Args:
+            dataset: The split.
+            arrays: What was read of it.
+            size: Its bytes as the dataset has them, by which it is decided whether a split may be held in memory.
+        """
         key, nbytes = _key(dataset), sum(values.nbytes for values in arrays.values())
         self._drop(key)
+        if nbytes > self._limit:
+            return
         parts = [part for part in (dataset._data, dataset._indices) if part is not None]
         alive = tuple(weakref.ref(part, lambda _: self._drop(key)) for part in parts)
-        self._held[key] = _Reading(arrays, nbytes, alive)
+        self._held[key] = _Reading(arrays, nbytes, size, alive)
         self._nbytes += nbytes
         while self._nbytes > self._limit:
             self._drop(next(iter(self._held)))

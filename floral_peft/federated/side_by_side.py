@@ -204,7 +204,7 @@ class SideBySide:
         routers = {name: torch.stack([private[name] for _, private in entered]) for name in self._routers}
         mixtures = StackedModel(self._model, self._forward, self._accelerator, routers).mixtures()
         if several:
-            for rows, member in self._members.grouped(mixtures):
+            for rows, member in self._members.grouped(mixtures, trainable):
                 yield Group([entered[row] for row in rows], member=member)
             return
         for rows in grouped_by_use(mixtures) if on_cpu else [list(range(len(entered)))]:

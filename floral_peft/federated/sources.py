@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from datasets import Dataset, DatasetDict
 
 from floral_peft.federated.partition import Assignment, Rows, hold_out, test_count
 from floral_peft.federated.seeding import ClientId, derive_seed
-from floral_peft.federated.views import Viewed
+from floral_peft.federated.views import Place, Viewed
 
 
 class Source(Protocol):
@@ -66,8 +65,8 @@ class Given:
         return len(self._clients[position].get(split, ()))
 
 
-#: The views of so many clients are kept: to make them takes longer than a step of a small model.
-VIEWS = 1024
+#: Where the rows of so many clients lie is kept: to find it takes longer than a step of a small model.
+PLACES = 1024
 
 
 class Dealt:
@@ -85,24 +84,23 @@ class Dealt:
         self._ids = ids
         self._splits = {name: (Viewed(dataset), assignment) for name, (dataset, assignment) in splits.items()}
         self._held = held
-        self._views: OrderedDict[int, DatasetDict] = OrderedDict()
+        self._places: OrderedDict[int, dict[str, tuple[Viewed, Place]]] = OrderedDict()
 
     def load(self, position: int) -> DatasetDict:
         """A client's splits, as views."""
-        if position not in self._views:
-            self._views[position] = self._load(position)
-            if len(self._views) > VIEWS:
-                self._views.popitem(last=False)
-        self._views.move_to_end(position)
-        # Formats are set in place: the views that are kept are for nobody else.
-        return DatasetDict({name: copy.copy(view) for name, view in self._views[position].items()})
+        if position not in self._places:
+            self._places[position] = self._located(position)
+            if len(self._places) > PLACES:
+                self._places.popitem(last=False)
+        self._places.move_to_end(position)
+        return DatasetDict({name: viewed.at(place) for name, (viewed, place) in self._places[position].items()})
 
-    def _load(self, position: int) -> DatasetDict:
-        found = DatasetDict()
+    def _located(self, position: int) -> dict[str, tuple[Viewed, Place]]:
+        found: dict[str, tuple[Viewed, Place]] = {}
         for name, (dataset, assignment) in self._splits.items():
             rows = assignment.rows(position)
             parts = self._held.split(rows, self._ids[position]) if name == "train" else {name: rows}
-            found.update({part: dataset.view(chosen) for part, chosen in parts.items()})
+            found |= {part: (dataset, dataset.locate(chosen)) for part, chosen in parts.items()}
         return found
 
     def count(self, position: int, split: str) -> int:

@@ -43,17 +43,21 @@ class Members:
         router = self._model.router
         return not any(router.settings[name].noise for name in router.active_adapters)
 
-    def grouped(self, mixtures: Tensor) -> list[tuple[list[int], int | None]]:
+    def grouped(self, mixtures: Tensor, trainable: Collection[str]) -> list[tuple[list[int], int | None]]:
         """Clients in groups by the member that they use alone.
 
         Args:
             mixtures: Each client's π, (clients, ..., C).
+            trainable: The parameters that local steps train.
 
         Returns:
-            The clients' numbers, ascending within a group, and the member; None for those that use several.
+            The clients' numbers, ascending within a group, and the member; None for those that use several, or one
+            that is not trained: a computation of its own would have nothing to train.
         """
+        trained = {self._owners[name] for name in trainable if name in self._owners}
         used = mixtures.reshape(len(mixtures), -1, mixtures.shape[-1]).ne(0).any(dim=1)
-        alone = torch.where(used.sum(dim=1) == 1, used.to(torch.uint8).argmax(dim=1), -1).tolist()
+        chosen = torch.where(used.sum(dim=1) == 1, used.to(torch.uint8).argmax(dim=1), -1).tolist()
+        alone = [member if member in trained else -1 for member in chosen]
         groups = [(member, [k for k, own in enumerate(alone) if own == member]) for member in sorted(set(alone))]
         return [(clients, None if member < 0 else member) for member, clients in groups]
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset
-from datasets.table import InMemoryTable
+from datasets.table import InMemoryTable, Table
 
 from floral_peft.federated.partition import Rows
+
+
+class Place(NamedTuple):
+    """Where some rows of a dataset lie: its table, or a run of it, the row numbers within, and their digest."""
+
+    data: Table
+    indices: Table | None
+    digest: bytes
 
 
 class Viewed:
@@ -34,15 +43,27 @@ class Viewed:
         Args:
             rows: Row numbers, int64, shape (examples,).
         """
-        found = copy.copy(self.dataset)
+        return self.at(self.locate(rows))
+
+    def locate(self, rows: Rows) -> Place:
+        """Where some rows lie, whatever the dataset's format is then.
+
+        Args:
+            rows: Row numbers, int64, shape (examples,).
+        """
         held = rows if self._rows is None else self._rows[rows]
+        digest = hashlib.blake2b(held.tobytes(), digest_size=16).digest()
         if len(held) == 0 or (np.diff(held) == 1).all():  # a run, which is read faster than rows one by one
-            found._indices = None
-            found._data = InMemoryTable(found.data.fast_slice(int(held[0]) if len(held) else 0, len(held)))
-        else:
-            found._indices = InMemoryTable(pa.table({"indices": held.astype(np.uint64)}))
+            run = self.dataset.data.fast_slice(int(held[0]) if len(held) else 0, len(held))
+            return Place(InMemoryTable(run), None, digest)
+        return Place(self.dataset._data, InMemoryTable(pa.table({"indices": held.astype(np.uint64)})), digest)
+
+    def at(self, place: Place) -> Dataset:
+        """The rows at a place, with the format that the dataset has now."""
+        found = copy.copy(self.dataset)
+        found._data, found._indices = place.data, place.indices
         # What `map` and `filter` of the view are cached by.
-        name = hashlib.blake2b(held.tobytes(), digest_size=8, key=self.dataset._fingerprint.encode()[:64])
+        name = hashlib.blake2b(place.digest, digest_size=8, key=self.dataset._fingerprint.encode()[:64])
         found._fingerprint = name.hexdigest()
         return found
 

@@ -67,8 +67,9 @@ def paper_figure(run: Run, label: str) -> Figure | None:
     method, optimal = run.method, bool(run.settings.get("optimal_routing"))
     # Label settings of other names make another method of it.
     others = {part.partition("=")[0] for part in label.split("+")[1:]} - _OF_THE_PAPER
+    as_there = run.settings.get("init_bias", 0.0) in (0.0, 1.0)  # as the text says, or as the code does
     row = _TABLE_1.get((method, optimal, run.settings.get("budget") if method == "floral" else None))
-    if row is None or others or run.task not in _TASKS:
+    if row is None or others or not as_there or run.task not in _TASKS:
         return None
     mean, std = map(float, row.split("|")[_TASKS.index(run.task)].split())
     return Figure(mean / 100, std / 100)

@@ -91,9 +91,10 @@ class FloralConfig(PeftConfig):
             Above 0, the factor that else starts at zero is normal with this standard deviation: pure models that
             differ give the router something to choose from.
         init_bias (`float`):
-            Above 0, adaptors' biases start uniform in ± this / √r (a convolution: r times the second factor's kernel)
-            rather than at zero. 1 is what the authors' code does: with little rank each adaptor has its own hidden
-            units from the start.
+            Above 0, the extra biases of adapt_bias start uniform in ± this / √r (a convolution: r times the second
+            factor's kernel) rather than at zero, and adaptors no longer as the identity. 1 is what the authors' code
+            does. (Those of adapt_norms start at zero all the same; where a run begins with a search, copies of an
+            adaptor start with its biases.)
     """
 
     num_adaptors: int = field(default=4, metadata={"help": "C, the number of adaptors that clients mix."})

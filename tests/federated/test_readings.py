@@ -15,6 +15,7 @@ from transformers import default_data_collator
 from floral_peft.federated import FederatedDataset, batches, sources
 from floral_peft.federated.batches import Examples
 from floral_peft.federated.readings import Readings
+from floral_peft.federated.views import Viewed
 
 from .clients import population, trainer
 
@@ -32,9 +33,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     read = batches._as_arrays
 
-    def noting(dataset: Dataset, resident: int) -> Any:
+    def noting(dataset: Dataset) -> Any:
         found.append(len(dataset))
-        return read(dataset, resident)
+        return read(dataset)
 
     monkeypatch.setattr(batches, "_as_arrays", noting)
     return found
@@ -107,8 +108,40 @@ def test_a_run_reads_each_client_once(tmp_path: Path, reads: list[int]) -> None:
         assert sorted(reads) == [12, 12, 13, 13, 14, 14]  # the first time before the run, to see whether it can go
 
 
+def test_views_that_come_and_go_are_never_taken_for_one_another() -> None:
+    """Their table stays; what is made anew at an address that was somebody else's is another's row numbers."""
+    readings, viewed = Readings(), Viewed(table(12))
+    for first in range(200):
+        rows = np.array([first % 10, (first + 2) % 12], dtype=np.int64)
+        assert values(viewed.view(rows), readings) == rows.astype(float).tolist()
+
+
+def test_narrow_numbers_are_read_once_too(reads: list[int]) -> None:
+    """A split's size is what the dataset holds, whatever its batches' types are."""
+    data = Dataset.from_dict({"x": np.zeros(10, dtype=np.uint8)})
+    readings = Readings()
+    for _ in range(3):
+        assert len(values(data, readings, resident=10)) == 10
+    assert reads == [10]
+
+
+def test_a_split_too_large_to_be_kept_puts_out_no_others(reads: list[int]) -> None:
+    readings, small = Readings(limit=100), table()
+    for data in (small, table(rows=1000), small):
+        values(data, readings)
+    assert reads == [4, 1000]
+
+
+def test_a_format_that_the_dataset_gets_later_is_that_of_all_clients() -> None:
+    whole = table(12)
+    data = FederatedDataset.from_partition(whole, 3, seed=1)
+    assert data[0]["train"].format["columns"] == ["x", "labels"]
+    whole.set_transform(lambda batch: {"x": [0.1 * value for value in batch["x"]]}, columns=["x"])
+    assert all(max(data[client_id]["train"][:]["x"]) < 2 for client_id in data)
+
+
 def test_views_are_kept_for_some_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "VIEWS", 2)
+    monkeypatch.setattr(sources, "PLACES", 2)
     data = FederatedDataset.from_partition(table(12), 3, seed=1)
     first = data[0]["train"]
     assert data[0]["train"]._data is first._data and data[0]["train"]._indices is first._indices

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from floral_peft.federated import CheckpointError, ServerState, StoreError
+from floral_peft.federated import CheckpointError, ServerState, StoreError, store
 from floral_peft.federated.checkpoint import (
     Checkpoint,
     checkpoint_rounds,
@@ -56,6 +56,16 @@ def test_a_client_gets_back_what_it_stored_last(tmp_path: Path) -> None:
     played(store, (1, 3), lambda round: ["a"])
     assert numbers(store) == {"a": 3}
     assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.bool])
+def test_what_is_written_are_the_bytes_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = torch.arange(6).view(2, 3).to(dtype)
+    state = {"b": whole.t(), "a": torch.tensor(1).to(dtype), "none": whole[:0]}
+    if dtype.is_floating_point:
+        state["trained"] = whole.clone().requires_grad_()
+    plain = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    assert store._record(state) == save(plain)
 
 
 def test_until_a_round_is_committed_the_state_before_it_counts(tmp_path: Path) -> None:

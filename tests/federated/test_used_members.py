@@ -131,10 +131,25 @@ def test_noise_may_give_them_weights(tmp_path: Path) -> None:
 def test_groups_are_by_the_member_that_is_used_alone(tmp_path: Path) -> None:
     members = Members(trainer(tmp_path, "ensemble", model=ensemble())._place)
     mixtures = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
-    assert members.grouped(mixtures.unsqueeze(1)) == [([1, 4], None), ([2], 0), ([0, 3], 1)]
+    some = ["members.0.0.weight", "members.1.0.weight"]
+    assert members.grouped(mixtures.unsqueeze(1), some) == [([1, 4], None), ([2], 0), ([0, 3], 1)]
+    assert members.grouped(mixtures.unsqueeze(1), some[:1]) == [([0, 1, 3, 4], None), ([2], 0)]  # 1 is not trained
     assert members.others(None) == frozenset()
     owners = {name.split(".")[1] for name in members.others(1)}
     assert owners == {"0", "2"}
+
+
+def test_a_frozen_member_stops_no_run_side_by_side(tmp_path: Path) -> None:
+    model = ensemble()
+    model.members[1].requires_grad_(False)
+    frozen = {name: value.clone() for name, value in model.members[1].named_parameters()}
+    made = trainer(
+        tmp_path, "ensemble", model=model, dataset=population(num_clusters=MEMBERS), optimal_routing=True,
+        cohort="vectorized", eval_steps=None,
+    )  # fmt: skip
+    made.train()
+    assert all(not record.get("dropped") for record in made.records)
+    assert all(torch.equal(value, frozen[name]) for name, value in made.model.members[1].named_parameters())
 
 
 def test_after_a_failure_all_are_run_again() -> None:

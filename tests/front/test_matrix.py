@@ -140,12 +140,19 @@ def test_the_papers_figure_is_for_its_own_settings_only(tmp_path: Path) -> None:
     without = figure("floral+budget=0.01+exclude_modules=conv.*", "cifar10-rotate", budget=0.01)
     assert without is not None and without[0] == pytest.approx(0.676) and without[1] is None
     assert figure("fedavg", "digits") is None
+    told = "floral+budget=0.01+optimal_routing"
+    for start, expected in ((1.0, (0.939, 0.008)), (0.5, None)):  # as their code has it, and as nobody does
+        found = figure(
+            f"{told}+init_bias={start:g}", "mnist-rotate", budget=0.01, init_bias=start, optimal_routing=True
+        )
+        assert found == (None if expected is None else pytest.approx(expected))
 
 
 def test_titles_are_a_readers_words() -> None:
     assert row_title("floral+budget=0.01+num_adaptors=x2+optimal_routing") == "FLoRAL, ρ = 1 %, C × 2, π*"
     assert row_title("floral+router_update=gradient") == "FLoRAL, gradient router"
     assert row_title("floral+precondition_epsilon=1e-5") == "FLoRAL, ε = 1e-5"
+    assert row_title("floral+init_bias=1") == "FLoRAL, β₀ = 1"
     assert row_title("somebodys+step_size=1e+3") == "somebodys, step_size = 1e+3"
     assert task_title("cifar10-label-shift-reduced") == "CIFAR-10 label shift reduced"
 
