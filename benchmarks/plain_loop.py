@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from floral_peft.tasks import get_task
 
 
+#: Those with ten examples a client: one batch, and so one step.
+TASKS = ("mnist-label-shift-reduced", "mnist-rotate-reduced")
 #: Clients in a round, its rate, and the damping of the paper.
 SAMPLED, RATE, EPSILON = 30, 0.1, 1e-5
 #: Where A and B stand among a model's tensors, for both layers: W, b, W, b, then A, B, β of each.
@@ -79,7 +81,7 @@ def preconditioned(grad_a: Tensor, grad_b: Tensor, a: Tensor, b: Tensor) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="mnist-label-shift-reduced")
+    parser.add_argument("--task", default=TASKS[0], choices=TASKS)
     parser.add_argument("--data", help="folder of the task's dataset")
     parser.add_argument("--rounds", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=1)

@@ -59,7 +59,7 @@ def test_a_client_gets_back_what_it_stored_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.bool])
-def test_what_is_written_are_the_bytes_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_what_is_written_are_the_bytes_of_safetensors(dtype: torch.dtype) -> None:
     whole = torch.arange(6).view(2, 3).to(dtype)
     state = {"b": whole.t(), "a": torch.tensor(1).to(dtype), "none": whole[:0]}
     if dtype.is_floating_point:
