@@ -55,9 +55,14 @@ class ClientUpdate:
         return _peaks(self.deltas)
 
     @cached_property
-    def told_peaks(self) -> dict[str, float]:
-        """The same of the sums."""
-        return _peaks(self.sums)
+    def told(self) -> Tensor:
+        """All sums in one vector, by name."""
+        return torch.cat([self.sums[name].flatten() for name in sorted(self.sums)])
+
+    @cached_property
+    def told_peak(self) -> float:
+        """The largest magnitude in it, NaN if it holds one."""
+        return _peaks({"": self.told})[""]
 
 
 @dataclass(frozen=True)
@@ -175,9 +180,9 @@ def _check_sums(who: str, update: ClientUpdate, expected: Mapping[str, torch.Siz
         if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float64:
             kind = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise UpdateError(f"{who}: the sum {name} is {kind}, expected {tuple(shape)} torch.float64")
-    for name, peak in update.told_peaks.items():
-        if not peak < _MOST:
-            raise UpdateError(f"{who}: the sum {name} holds values that are not finite, or too large")
+    if found and not update.told_peak < _MOST:
+        name = next(name for name, peak in _peaks(found).items() if not peak < _MOST)
+        raise UpdateError(f"{who}: the sum {name} holds values that are not finite, or too large")
 
 
 def update_norm(deltas: Mapping[str, Tensor]) -> float:
@@ -226,7 +231,7 @@ class WeightedMean:
         self._sums = {name: ExactSum(value, cohort_size) for name, value in reference.items()}
         self._scratch = _largest(self._sums.values())
         self._usage = None if routers is None else ExactSum(torch.zeros(routers), cohort_size)
-        self._shapes = dict(sums or {})
+        self._shapes = dict(sorted((sums or {}).items()))
         length = sum(shape.numel() for shape in self._shapes.values())
         self._told = ExactSum(torch.zeros(length), cohort_size) if length else None  # all in one, for they are small
         self._examples = 0
@@ -245,8 +250,7 @@ class WeightedMean:
         if update.usage is not None and self._usage is not None:
             self._usage.add(update.usage, 1, most)
         if self._told is not None:
-            told = torch.cat([update.sums[name].flatten() for name in self._shapes])
-            self._told.add(told, 1, max(update.told_peaks.values()))
+            self._told.add(update.told, 1, update.told_peak)
 
     def reduce(self, processes: Processes) -> None:
         """Make these the sums of what all processes have added; the same bits as if one had added it all."""

@@ -126,11 +126,11 @@ class LocalTraining:
             if pulled:
                 pull([_gradient(parameter) for parameter in pulled], pulled)
             if factors and args.precondition:
-                precondition_gradients(factors, epsilon=args.precondition_epsilon)
+                precondition_gradients(factors, epsilon=args.precondition_epsilon, max_norm=longest_adaptor or None)
+            elif longest_adaptor:
+                clip_steps(factors, longest_adaptor)
             if longest:
                 clip_steps([], longest, weights)
-            if longest_adaptor:
-                clip_steps(factors, longest_adaptor)
             if args.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), args.max_grad_norm)
             if scaler is None:

@@ -287,8 +287,8 @@ class Routers:
             least: The least weight that stays, in units of the largest one in its row; above 0.
         """
         temperature = self._model.active_peft_config.router_temperature
-        traces = logits < logits.amax(dim=-1, keepdim=True) + temperature * math.log(least)
-        return torch.where(traces, logits.amax(dim=-1, keepdim=True) + _NEVER * temperature, logits)
+        most = logits.amax(dim=-1, keepdim=True)
+        return torch.where(logits < most + temperature * math.log(least), most + _NEVER * temperature, logits)
 
     def _table(self) -> nn.Parameter:
         return dict(self._model.named_parameters())[self.name]

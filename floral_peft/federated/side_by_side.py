@@ -246,8 +246,9 @@ class SideBySide:
         longest, longest_adaptor = args.step_norms
         changes: list[FactorChange] = []
         if args.precondition:
-            changes.append(partial(precondition_gradients, epsilon=args.precondition_epsilon))
-        if longest_adaptor:
+            epsilon = args.precondition_epsilon
+            changes.append(partial(precondition_gradients, epsilon=epsilon, max_norm=longest_adaptor or None))
+        elif longest_adaptor:
             changes.append(partial(clip_steps, max_norm=longest_adaptor))
         factors = [(names[a], names[b]) for a, b in factor_pairs(self._model)] if changes else []
         weights = [names[weight] for weight in base_weights(self._model)] if longest else []

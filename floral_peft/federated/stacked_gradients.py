@@ -43,20 +43,24 @@ def change_stacked(
             gradients[second] = b.grad.unflatten(1, (clients, count)).movedim(1, 0)
 
 
-def clip_weights_stacked(weights: Iterable[str], gradients: dict[str, Tensor], max_norm: float) -> None:
+def clip_weights_stacked(weights: Iterable[str], gradients: Mapping[str, Tensor], max_norm: float) -> None:
     """`clip_steps` of every client's base weights.
 
     Args:
         weights: The names of the base weights.
-        gradients: Gradients by name, (clients, ...), where there are any; they are replaced.
+        gradients: Gradients by name, (clients, ...), where there are any; they are changed in place.
         max_norm: Most that a weight may move in a step of rate 1.
     """
     for name in weights:
         if (gradient := gradients.get(name)) is not None:
             norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-            if norms.device.type == "cpu" and bool((norms <= max_norm).all()):  # others would wait for the answer
+            scales = (max_norm / norms).clamp(max=1.0)
+            if norms.device.type != "cpu":  # others would wait to be told which are long
+                gradient.mul_(scales.view(-1, *[1] * (gradient.dim() - 1)))
                 continue
-            gradients[name] = gradient * (max_norm / norms).clamp(max=1.0).view(-1, *[1] * (gradient.dim() - 1))
+            for row, scale in enumerate(scales.tolist()):
+                if scale != 1.0:
+                    gradient[row].mul_(scale)
 
 
 def _wide_a(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -141,7 +142,8 @@ class Turn:
         Raises:
             EvidenceError: They are not finite.
         """
-        if bool(losses.isnan().any()) or not bool(losses.isfinite().any()):
+        values = losses.tolist()
+        if any(map(math.isnan, values)) or not any(map(math.isfinite, values)):
             raise EvidenceError(
                 f"client {self.client_id!r}: its losses under the adaptors are not finite: an example holds values "
                 "that are not, or none has a label, or training diverged (a lower learning_rate, or max_grad_norm)"

@@ -133,7 +133,8 @@ class UsedSlices:
     def for_each(self, name: str, tensor: Tensor) -> Tensor:
         """Every client's slices of a tensor that all have in common, (clients, ...), in new memory."""
         axis = self.axes[name] % tensor.dim()
-        return tensor.movedim(axis, 0)[self.numbers.to(tensor.device)].movedim(1, axis + 1).contiguous()
+        slices = tensor.index_select(axis, self.numbers.flatten().to(tensor.device))
+        return slices.unflatten(axis, self.numbers.shape).movedim(axis, 0).contiguous()
 
     def for_client(self, name: str, tensor: Tensor, client: int) -> Tensor:
         """One client's slices of a tensor."""

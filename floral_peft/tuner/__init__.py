@@ -6,12 +6,13 @@ from floral_peft.tuner.clip import base_weights, clip_steps
 from floral_peft.tuner.config import FloralConfig
 from floral_peft.tuner.ensemble import Ensemble, mixed, reinitialized
 from floral_peft.tuner.export import Exported, ExportKind, check_free, export_client
+from floral_peft.tuner.factors import factor_pairs
 from floral_peft.tuner.fitting import prediction_doubt
 from floral_peft.tuner.layers import FloralLayer
 from floral_peft.tuner.low_rank import as_columns, as_factors, as_matrices, refactor
 from floral_peft.tuner.model import FloralModel
 from floral_peft.tuner.plain import save_plain
-from floral_peft.tuner.precondition import factor_pairs, precondition_gradients
+from floral_peft.tuner.precondition import precondition_gradients
 from floral_peft.tuner.pure import PureModels, pure_losses
 from floral_peft.tuner.registration import register
 from floral_peft.tuner.roles import Role, buffer_roles, parameter_roles, private_buffers

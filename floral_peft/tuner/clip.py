@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from floral_peft.tuner.precondition import Pair, factor_pairs, stack_matrices
+from floral_peft.tuner.factors import Pair, factor_pairs, stack_matrices
 from floral_peft.tuner.roles import parameter_roles
 
 
@@ -47,7 +47,7 @@ def clip_steps(factors: nn.Module | Iterable[Pair], max_norm: float, weights: It
     gradients = [weight.grad for weight in weights or () if weight.grad is not None]
     if gradients:
         norms = torch._foreach_norm(gradients)
-        torch._foreach_mul_(gradients, list(_scales(torch.stack(norms), max_norm).unbind()))
+        torch._foreach_mul_(gradients, list(shortening(torch.stack(norms), max_norm).unbind()))
     batches: dict[tuple[object, ...], list[Pair]] = defaultdict(list)
     for a, b in factors:
         if a.grad is not None or b.grad is not None:
@@ -67,9 +67,9 @@ def _clip_adaptors(pairs: list[Pair], max_norm: float) -> None:
         if not long.any():
             return
         scales = torch.ones_like(bounds)
-        scales[long] = _scales(_step_norms(a[long], step_a[long], b[long], step_b[long]), max_norm)
+        scales[long] = shortening(_step_norms(a[long], step_a[long], b[long], step_b[long]), max_norm)
     else:
-        scales = _scales(_step_norms(a, step_a, b, step_b), max_norm)  # (layers, C)
+        scales = shortening(_step_norms(a, step_a, b, step_b), max_norm)  # (layers, C)
     for (a, b), scale in zip(pairs, scales, strict=True):
         if a.grad is not None:
             a.grad.mul_(scale.view(-1, *[1] * (a.dim() - 1)))
@@ -98,6 +98,6 @@ def _gradient(factor: Tensor) -> Tensor:
     return torch.zeros_like(factor) if factor.grad is None else factor.grad
 
 
-def _scales(norms: Tensor, max_norm: float) -> Tensor:
+def shortening(norms: Tensor, max_norm: float) -> Tensor:
     """min(1, m / norm), 1 for a norm of 0. A norm that is not finite stays visible in the gradient."""
     return (max_norm / norms).clamp(max=1.0)

@@ -8,23 +8,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from floral_peft.tuner.layers import FloralLayer
+from floral_peft.tuner.clip import clip_steps, shortening
+from floral_peft.tuner.factors import Pair, at_least_float32, factor_pairs, stack_matrices
 
 
 DAMPING = 0.1
 
-Pair = tuple[Tensor, Tensor]
-"""A layer's low-rank factors: A (C, r, in...) and B (out, C, r, kernel...)."""
-
-
-def factor_pairs(model: nn.Module) -> list[Pair]:
-    """The low-rank factors of all FLORAL layers in a model, its active adapters'."""
-    return [pair for layer in model.modules() if isinstance(layer, FloralLayer) for pair in layer.factor_pairs()]
-
 
 @torch.no_grad()
 def precondition_gradients(
-    factors: nn.Module | Iterable[Pair], damping: float = DAMPING, epsilon: float | None = None
+    factors: nn.Module | Iterable[Pair],
+    damping: float = DAMPING,
+    epsilon: float | None = None,
+    max_norm: float | None = None,
 ) -> None:
     """Scale the gradients of all low-rank factors by the other factor's inverse Gram matrix, in place.
 
@@ -43,11 +39,13 @@ def precondition_gradients(
             without a gradient are passed over.
         damping: relative damping, above 0.
         epsilon: ε itself, above 0, in place of a relative one: 1e-5 is the paper's.
+        max_norm: m, above 0: the adaptors' steps are clipped, too, as by [`clip_steps`], up to rounding. It costs less
+            than to call that afterwards, as the Gram matrices are at hand. None: they are not.
 
     Raises:
-        ValueError: `damping` or `epsilon` is not above 0.
+        ValueError: `damping`, `epsilon` or `max_norm` is not above 0.
     """
-    for name, value in (("damping", damping), ("epsilon", epsilon)):
+    for name, value in (("damping", damping), ("epsilon", epsilon), ("max_norm", max_norm)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value!r} must be above 0.")
     pairs = factor_pairs(factors) if isinstance(factors, nn.Module) else factors
@@ -58,7 +56,12 @@ def precondition_gradients(
             shapes = (1,) if a.shape[1] == 1 else (a.shape, b.shape, a.grad is None, b.grad is None)
             batches[(a.dtype, a.device, *shapes)].append((a, b))
     for batch in batches.values():
-        (_precondition_vectors if batch[0][0].shape[1] == 1 else _precondition_matrices)(batch, damping, epsilon)
+        if batch[0][0].shape[1] == 1:
+            _precondition_vectors(batch, damping, epsilon)
+            if max_norm is not None:
+                clip_steps(batch, max_norm)
+        else:
+            _precondition_matrices(batch, damping, epsilon, max_norm)
 
 
 def _precondition_vectors(pairs: list[Pair], damping: float, absolute: float | None) -> None:
@@ -83,16 +86,32 @@ def _norms(factor: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(factor, dim=[d for d in range(factor.dim()) if d != axis], dtype=dtype)
 
 
-def _precondition_matrices(pairs: list[Pair], damping: float, absolute: float | None) -> None:
+def _precondition_matrices(pairs: list[Pair], damping: float, absolute: float | None, max_norm: float | None) -> None:
     """Of a higher rank, for layers of one shape: matrices below are (layers, C, ...)."""
     a, b = stack_matrices([a for a, _ in pairs]), stack_matrices([b.movedim(0, 2) for _, b in pairs])
     rank = a.shape[-2]
     gram_a, gram_b = a @ a.mT, b @ b.mT
-    traces = (gram_a + gram_b).diagonal(dim1=-2, dim2=-1).sum(-1)
-    one = _epsilon(traces, damping / (2 * rank), absolute)
+    one = _epsilon((gram_a + gram_b).diagonal(dim1=-2, dim2=-1).sum(-1), damping / (2 * rank), absolute)
     epsilon = torch.diag_embed(one.unsqueeze(-1).expand(*one.shape, rank))
-    _scale(_inverse(gram_b.add_(epsilon)), [a.grad for a, _ in pairs if a.grad is not None])
-    _scale(_inverse(gram_a.add_(epsilon)), [b.grad.movedim(0, 2) for _, b in pairs if b.grad is not None])
+    of_a, of_b = _inverse(gram_b + epsilon), _inverse(gram_a + epsilon)
+    gradients_a = [a.grad for a, _ in pairs if a.grad is not None]  # of all, or of none
+    gradients_b = [b.grad.movedim(0, 2) for _, b in pairs if b.grad is not None]
+    step_a = stack_matrices(gradients_a) if gradients_a else torch.zeros_like(a)
+    step_b = stack_matrices(gradients_b) if gradients_b else torch.zeros_like(b)
+    if max_norm is not None:
+        squares = 2 * _inner(of_b @ (step_b @ b.mT), (a @ step_a.mT) @ of_a)  # as in `clip_steps`
+        squares += _inner(of_a @ (step_a @ step_a.mT) @ of_a, gram_b)
+        squares += _inner(of_b @ (step_b @ step_b.mT) @ of_b, gram_a)
+        scale = shortening(squares.clamp(min=0).sqrt(), max_norm).view(*one.shape, 1, 1)
+        of_a, of_b = of_a * scale, of_b * scale
+    for gradients, steps in ((gradients_a, of_a @ step_a), (gradients_b, of_b @ step_b)):
+        for gradient, step in zip(gradients, steps if gradients else (), strict=True):
+            gradient.copy_(step.view(gradient.shape))
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """⟨·, ·⟩ of matrices (..., r, r)."""
+    return (one * other).sum(dim=(-2, -1))
 
 
 def _epsilon(traces: Tensor, share: float, absolute: float | None) -> Tensor:
@@ -112,21 +131,3 @@ def _inverse(gram: Tensor) -> Tensor:
     """
     exact = gram if gram.device.type == "mps" else gram.double()
     return torch.linalg.inv(exact).to(gram.dtype)
-
-
-def _scale(inverse: Tensor, gradients: list[Tensor]) -> None:
-    """Replace each layer's gradient G, a view (C, r, ...), by gram⁻¹ G."""
-    if gradients:
-        for gradient, scaled in zip(gradients, inverse @ stack_matrices(gradients), strict=True):
-            gradient.copy_(scaled.view(gradient.shape))
-
-
-def stack_matrices(tensors: list[Tensor]) -> Tensor:
-    """Factors (C, r, ...) as matrices (layers, C, r, n), in float32 at least."""
-    rows = [tensor.flatten(2).to(at_least_float32(tensor.dtype)) for tensor in tensors]
-    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """A precision in which Gram matrices of factors can be computed."""
-    return torch.promote_types(dtype, torch.float32)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from floral_peft.federated import FederatedArguments, FederatedDataset, ServerState, Turn, UpdateError
 from floral_peft.federated.aggregation import ClientUpdate, check_update
 from floral_peft.federated.label_prior import label_log_prior
-from floral_peft.federated.routing import RouterUpdate, get_router_update, register_router_update, schedule
+from floral_peft.federated.routing import RouterUpdate, get_router_update, posterior, register_router_update, schedule
 from floral_peft.federated.routing.balance import balance
 from floral_peft.federated.routing.posterior import hold_out
 from floral_peft.federated.seeding import derive_seed
@@ -219,7 +219,7 @@ def test_whoever_trains_much_or_by_adamw_or_comes_seldom_or_has_no_router_yet_lo
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 0), (3, 1), (29, 2), (200, 10)])
 def test_a_tenth_of_the_examples_is_held_out_and_always_the_same(count: int, held: int) -> None:
     held_out, others = hold_out(count, seed=7)
-    hold_out.cache_clear()
+    posterior._held_out.cache_clear()
     assert len(held_out) == held and torch.equal(hold_out(count, seed=7)[0], held_out)
     assert torch.equal(torch.cat([held_out, others]).sort().values, torch.arange(count))
 

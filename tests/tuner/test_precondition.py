@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from floral_peft import FloralConfig
-from floral_peft.tuner import precondition_gradients
+from floral_peft.tuner import clip_steps, factor_pairs, precondition_gradients
 
 from .models import get_peft_model
 from .reference import randomize
@@ -107,3 +109,40 @@ def test_half_precision_factors_are_solved_in_float32(rank: int) -> None:
     precondition_gradients(model)
     gradient = model.base_model.model[0].floral_A["default"].grad
     assert gradient.dtype == torch.bfloat16 and gradient.isfinite().all()
+
+
+def trained(rank: int, split: str, missing: str | None) -> Any:
+    """A model of two linear layers alike and a convolution, with gradients, but for those of one kind."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+    config = FloralConfig(target_modules=["0", "2", "4"], num_adaptors=3, r=rank, conv_split=split)
+    model: Any = get_peft_model(net, config).double()
+    randomize(model)
+    model(torch.randn(2, 2, 4, 4).double()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if missing is not None and missing in name:
+            parameter.grad = None
+    return model
+
+
+@pytest.mark.parametrize("split", ["balanced_2d", "in"])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("missing", [None, "floral_A", "floral_B"])
+def test_steps_are_clipped_as_they_are_afterwards(rank: int, split: str, missing: str | None) -> None:
+    plain, clipped, at_once = (trained(rank, split, missing) for _ in range(3))
+    for model in (plain, clipped):
+        precondition_gradients(model, epsilon=1e-3)
+    limit = 0.4
+    clip_steps(factor_pairs(clipped), limit)
+    precondition_gradients(at_once, epsilon=1e-3, max_norm=limit)
+    shortened = []
+    for pairs in zip(*(factor_pairs(model) for model in (plain, clipped, at_once)), strict=True):
+        for axis, (before, expected, found) in enumerate(zip(*pairs, strict=True)):
+            assert (found.grad is None) == (missing == ("floral_A", "floral_B")[axis])
+            if found.grad is not None:
+                torch.testing.assert_close(found.grad, expected.grad)
+                lengths = [gradient.movedim(axis, 0).flatten(1).norm(dim=1) for gradient in (found.grad, before.grad)]
+                shortened += (lengths[0] / lengths[1]).tolist()
+    assert min(shortened) < 0.9 < 0.999 < max(shortened)  # some adaptors' steps are long, some are not
+    with pytest.raises(ValueError, match=r"max_norm=0\.0 must be above 0"):
+        precondition_gradients(at_once, max_norm=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -290,7 +291,7 @@ class Posterior(RouterUpdate):
             return Arrived(turn.with_logits(self._working(before, turn)), {routers.name: before}, nothing, trains_on)
         *unseen, losses = turn.pure_losses_of(visit.examined)
         seen = as_log_likelihoods(turn.finite(losses), turn)
-        unseen = [one for one in unseen if bool(one.isfinite().all())]  # none of them may have a label
+        unseen = [one for one in unseen if all(map(math.isfinite, one.tolist()))]  # none of them may have a label
         losses = seen
         if chosen and len(held_out):
             losses = seen + self._of_round(turn).optimism * routers.mixture_of(before)
@@ -309,7 +310,7 @@ class Posterior(RouterUpdate):
         sums = {
             "usage": mixture,
             "losses": torch.outer(mixture, told),
-            "squares": mixture.unsqueeze(1) * (told - told.unsqueeze(1)).square(),
+            "squares": (told - told.unsqueeze(1)).square_().mul_(mixture.unsqueeze(1)),
             "optimism": mixture.dot(told - seen.double()).view(1),
             "switches": torch.tensor([float(moved)], dtype=torch.float64),
             "visits": torch.ones(1, dtype=torch.float64),
@@ -420,7 +421,6 @@ def as_log_likelihoods(losses: Tensor, turn: Turn) -> Tensor:
     return losses if turn.real_labels is None else turn.real_labels / 2 * losses.clamp(min=1e-12).log()
 
 
-@lru_cache(maxsize=128)  # what a client draws is asked for when it looks and again when it arrives
 def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Which of a client's examples it does not train on for a while, and the others.
 
@@ -434,13 +434,18 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
     Returns:
         The rows of both, ascending, not to be written to; none are held out where there are too few.
     """
+    held_out = _held_out(count, seed)
+    others = torch.ones(count, dtype=torch.bool)
+    others[held_out] = False
+    return held_out, others.nonzero().squeeze(1)
+
+
+@lru_cache(maxsize=4096)  # of a few rows each
+def _held_out(count: int, seed: int) -> Tensor:
     held = 0 if count < 3 else max(1, min(count // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
-    drawn = torch.zeros(count, dtype=torch.bool)
-    drawn[_drawn(count, held, seed)] = True
-    return drawn.nonzero().squeeze(1), drawn.logical_not().nonzero().squeeze(1)
+    return _drawn(count, held, seed).clone()
 
 
-@lru_cache(maxsize=128)
 def _drawn(count: int, drawn: int, seed: int) -> Tensor:
     """Some of so many rows, ascending; not to be written to."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:drawn].sort().values
@@ -458,7 +463,7 @@ def _optimism(memory: Mapping[str, Tensor]) -> float:
 
 def _chooses(logits: Tensor) -> bool:
     """Whether a router prefers any adaptor."""
-    return bool((logits != logits[..., :1]).any())
+    return any(logit != row[0] for row in logits.flatten(end_dim=-2).tolist() for logit in row)
 
 
 def _best(logits: Tensor) -> int:
