@@ -57,7 +57,8 @@ class ClientUpdate:
     @cached_property
     def told(self) -> Tensor:
         """All sums in one vector, by name."""
-        return torch.cat([self.sums[name].flatten() for name in sorted(self.sums)])
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return torch.cat([nothing, *(self.sums[name].flatten() for name in sorted(self.sums))])
 
     @cached_property
     def told_peak(self) -> float:

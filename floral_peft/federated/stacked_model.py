@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,11 +68,24 @@ class StackedModel:
         if isinstance(chosen, Tensor):
             for name in others:
                 self.tensors[name][chosen] = others[name]
-        # Of a term that adds up a weight, all entries may be one number in memory: they are to be changed in place.
-        owned = {name: value.contiguous() if 0 in value.stride() else value for name, value in gradients.items()}
-        return owned, losses.detach()
+        return _owned(gradients), losses.detach()
 
     @torch.no_grad()
     def mixtures(self) -> Tensor:
         """Every client's π, (clients, C), or (clients, L, C) with a router per layer."""
         return vmap(lambda tensors: self._within(tensors, self._model.mixture))(self.tensors)
+
+
+def _owned(gradients: Stack) -> Stack:
+    """Gradients that may be changed in place, each by itself.
+
+    Of a term that adds up a weight, all entries may be one number in memory; of parameters that are added to one
+    another, or put together, the gradients may be the same memory, where a batch has one example.
+    """
+    holders = Counter(value.untyped_storage().data_ptr() for value in gradients.values())
+    return {
+        name: value.clone(memory_format=torch.contiguous_format)
+        if 0 in value.stride() or holders[value.untyped_storage().data_ptr()] > 1
+        else value
+        for name, value in gradients.items()
+    }

@@ -142,7 +142,7 @@ class Turn:
         Raises:
             EvidenceError: They are not finite.
         """
-        values = losses.tolist()
+        values = losses.flatten().tolist()
         if any(map(math.isnan, values)) or not any(map(math.isfinite, values)):
             raise EvidenceError(
                 f"client {self.client_id!r}: its losses under the adaptors are not finite: an example holds values "

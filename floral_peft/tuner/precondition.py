@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from floral_peft.tuner.clip import clip_steps, shortening
+from floral_peft.tuner.clip import clip_adaptors, clip_steps
 from floral_peft.tuner.factors import Pair, at_least_float32, factor_pairs, stack_matrices
 
 
@@ -39,8 +39,8 @@ def precondition_gradients(
             without a gradient are passed over.
         damping: relative damping, above 0.
         epsilon: ε itself, above 0, in place of a relative one: 1e-5 is the paper's.
-        max_norm: m, above 0: the adaptors' steps are clipped, too, as by [`clip_steps`], up to rounding. It costs less
-            than to call that afterwards, as the Gram matrices are at hand. None: they are not.
+        max_norm: m, above 0: the adaptors' steps are clipped, too, as by [`clip_steps`] afterwards, but with the Gram
+            matrices that are at hand. None: they are not.
 
     Raises:
         ValueError: `damping`, `epsilon` or `max_norm` is not above 0.
@@ -93,25 +93,10 @@ def _precondition_matrices(pairs: list[Pair], damping: float, absolute: float | 
     gram_a, gram_b = a @ a.mT, b @ b.mT
     one = _epsilon((gram_a + gram_b).diagonal(dim1=-2, dim2=-1).sum(-1), damping / (2 * rank), absolute)
     epsilon = torch.diag_embed(one.unsqueeze(-1).expand(*one.shape, rank))
-    of_a, of_b = _inverse(gram_b + epsilon), _inverse(gram_a + epsilon)
-    gradients_a = [a.grad for a, _ in pairs if a.grad is not None]  # of all, or of none
-    gradients_b = [b.grad.movedim(0, 2) for _, b in pairs if b.grad is not None]
-    step_a = stack_matrices(gradients_a) if gradients_a else torch.zeros_like(a)
-    step_b = stack_matrices(gradients_b) if gradients_b else torch.zeros_like(b)
+    _scale(_inverse(gram_b + epsilon), [a.grad for a, _ in pairs if a.grad is not None])
+    _scale(_inverse(gram_a + epsilon), [b.grad.movedim(0, 2) for _, b in pairs if b.grad is not None])
     if max_norm is not None:
-        squares = 2 * _inner(of_b @ (step_b @ b.mT), (a @ step_a.mT) @ of_a)  # as in `clip_steps`
-        squares += _inner(of_a @ (step_a @ step_a.mT) @ of_a, gram_b)
-        squares += _inner(of_b @ (step_b @ step_b.mT) @ of_b, gram_a)
-        scale = shortening(squares.clamp(min=0).sqrt(), max_norm).view(*one.shape, 1, 1)
-        of_a, of_b = of_a * scale, of_b * scale
-    for gradients, steps in ((gradients_a, of_a @ step_a), (gradients_b, of_b @ step_b)):
-        for gradient, step in zip(gradients, steps if gradients else (), strict=True):
-            gradient.copy_(step.view(gradient.shape))
-
-
-def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """⟨·, ·⟩ of matrices (..., r, r)."""
-    return (one * other).sum(dim=(-2, -1))
+        clip_adaptors(pairs, max_norm, (gram_a, gram_b))
 
 
 def _epsilon(traces: Tensor, share: float, absolute: float | None) -> Tensor:
@@ -131,3 +116,10 @@ def _inverse(gram: Tensor) -> Tensor:
     """
     exact = gram if gram.device.type == "mps" else gram.double()
     return torch.linalg.inv(exact).to(gram.dtype)
+
+
+def _scale(inverse: Tensor, gradients: list[Tensor]) -> None:
+    """Replace each layer's gradient G, a view (C, r, ...), by gram⁻¹ G."""
+    if gradients:
+        for gradient, scaled in zip(gradients, inverse @ stack_matrices(gradients), strict=True):
+            gradient.copy_(scaled.view(gradient.shape))

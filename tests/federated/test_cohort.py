@@ -158,6 +158,30 @@ def test_every_setting_means_the_same(tmp_path: Path, settings: dict[str, Any], 
     agree(Pair(tmp_path, model=floral_net(init_std=0.3, train_base=train_base), **settings), 1e-4)
 
 
+class WithToken(nn.Module):
+    """A token before the points and positions on all: of one example, the gradient of one is a part of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 2, 4))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, points: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.expand(len(points), -1, -1), points.unsqueeze(1)], dim=1)
+        out: Tensor = self.head((tokens + self.positions).flatten(1))
+        return out
+
+
+@pytest.mark.parametrize("limit", ["max_step_norm", "max_grad_norm"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_gradients_that_are_one_piece_of_memory_are_clipped_each_by_itself(
+    tmp_path: Path, limit: str, batch: int
+) -> None:
+    settings: dict[str, Any] = {"per_device_train_batch_size": batch, "learning_rate": 0.5, limit: 0.05}
+    agree(Pair(tmp_path, model=floral_net(WithToken(), init_std=0.3), **settings))
+
+
 @pytest.mark.parametrize("method", ["floral", "fedavg"])
 @pytest.mark.parametrize(
     "optimizer", [{}, {"optimizer": "adam", "optimizer_kwargs": {"eps": 1e-3}}], ids=["sgd", "adam"]

@@ -146,3 +146,16 @@ def test_steps_are_clipped_as_they_are_afterwards(rank: int, split: str, missing
     assert min(shortened) < 0.9 < 0.999 < max(shortened)  # some adaptors' steps are long, some are not
     with pytest.raises(ValueError, match=r"max_norm=0\.0 must be above 0"):
         precondition_gradients(at_once, max_norm=0.0)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_steps_are_as_long_as_allowed_where_a_gram_matrix_is_singular(scale: float) -> None:
+    """A layer smaller than the rank in float32, with the paper's ε: 1/ε blows rounding up."""
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 16, 200) / 14, scale * torch.randn(10, 6, 16)
+    weight = torch.randn(6, 10, 200)  # the gradient of each adaptor's matrix
+    a.grad, b.grad = torch.einsum("ocr,coi->cri", b, weight), torch.einsum("coi,cri->ocr", weight, a)
+    precondition_gradients([(a, b)], epsilon=1e-5, max_norm=1.0)
+    steps = torch.einsum("ocr,cri->coi", b.grad.double(), a.double())
+    steps += torch.einsum("ocr,cri->coi", b.double(), a.grad.double())
+    torch.testing.assert_close(steps.flatten(1).norm(dim=1), torch.ones(6).double(), rtol=1e-3, atol=0)

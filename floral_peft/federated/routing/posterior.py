@@ -443,11 +443,11 @@ def hold_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=4096)  # of a few rows each
 def _held_out(count: int, seed: int) -> Tensor:
     held = 0 if count < 3 else max(1, min(count // schedule.HELD_OUT_SHARE, schedule.HELD_OUT_EXAMPLES))
-    return _drawn(count, held, seed).clone()
+    return _drawn(count, held, seed)
 
 
 def _drawn(count: int, drawn: int, seed: int) -> Tensor:
-    """Some of so many rows, ascending; not to be written to."""
+    """Some of so many rows, ascending."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:drawn].sort().values
 
 
@@ -463,7 +463,7 @@ def _optimism(memory: Mapping[str, Tensor]) -> float:
 
 def _chooses(logits: Tensor) -> bool:
     """Whether a router prefers any adaptor."""
-    return any(logit != row[0] for row in logits.flatten(end_dim=-2).tolist() for logit in row)
+    return any(logit != row[0] for row in logits.reshape(-1, logits.shape[-1]).tolist() for logit in row)
 
 
 def _best(logits: Tensor) -> int:
