@@ -181,7 +181,7 @@ def _check_sums(who: str, update: ClientUpdate, expected: Mapping[str, torch.Siz
         if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float64:
             kind = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise UpdateError(f"{who}: the sum {name} is {kind}, expected {tuple(shape)} torch.float64")
-    if found and not update.told_peak < _MOST:
+    if not update.told_peak < _MOST:
         name = next(name for name, peak in _peaks(found).items() if not peak < _MOST)
         raise UpdateError(f"{who}: the sum {name} holds values that are not finite, or too large")
 
